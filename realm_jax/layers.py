@@ -1,0 +1,158 @@
+"""The layers of a transformer, as mathematics over weight nodes.
+
+Letters: B rows, T new tokens, S slots, C cache capacity, D hidden, N query heads, K kv heads, H head dim,
+F feed-forward, E experts, V vocabulary, P rotated pairs. Activations are float32; a kernel rounds its
+inputs to its own type.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from realm_jax.cache import KVCache
+from realm_jax.config import Activation, LayerKind, ModelConfig
+from realm_jax.kernels import attention, row_sum
+from realm_jax.rope import rotate
+
+ACTIVATIONS = {
+    Activation.SILU: nn.silu,
+    Activation.GELU: lambda x: nn.gelu(x, approximate=True),
+}
+
+
+@struct.dataclass
+class Where:
+    """Which slots and positions the tokens of a call belong to, and their rotary angles by rope name."""
+
+    first_slot: jax.Array  # [] row b is slot first_slot + b
+    positions: jax.Array  # [B, T] absolute
+    angles: dict[str, tuple[jax.Array, jax.Array]]  # cos, sin [B, T, P]
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
+    """The node called `name` of this module, its logical shape checked."""
+    node = module.get_variable("params", name)
+    if tuple(node.shape) != shape:
+        path = "/".join((*module.path, name))
+        raise ValueError(f"{path} is {tuple(node.shape)}; the model needs {shape}")
+    return node
+
+
+class Linear(nn.Module):
+    """A projection to `features` outputs."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
+        return x @ weight(self, "kernel", (x.shape[-1], self.features))
+
+
+class RMSNorm(nn.Module):
+    """Rows scaled to root mean square 1, then by a learned weight (Zhang and Sennrich 2019)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+        scale = weight(self, "scale", x.shape[-1:])
+        mean_square = row_sum(x * x)[..., None] / x.shape[-1]
+        return x * jax.lax.rsqrt(mean_square + self.eps) * jnp.broadcast_to(scale, x.shape)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the slot cache."""
+
+    config: ModelConfig
+    kind: LayerKind
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], cache: KVCache, where: Where
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        c = self.config
+        B, T, D = x.shape
+        heads = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, name="qkv")(x)
+        heads = heads.reshape(B, T, -1, c.head_dim)
+        q, k, v = jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
+        if c.qk_norm:
+            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+        cos, sin = where.angles[self.kind.rope]
+        interleaved = dict(c.ropes)[self.kind.rope].interleaved
+        q, k = (rotate(h, cos, sin, interleaved=interleaved) for h in (q, k))
+        cache = cache.write(k, v, where.first_slot, where.positions)
+        out = attention(
+            q,
+            *cache.read(where.first_slot, B),
+            where.positions,
+            scale=c.attention_scale,
+            softcap=c.attention_softcap,
+            window=self.kind.window,
+        )
+        return Linear(D, name="out")(out.reshape(B, T, -1)), cache
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer (Shazeer 2020)."""
+
+    features: int
+    activation: Activation
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+        gate, up = jnp.split(Linear(2 * self.features, name="gate_up")(x), 2, axis=-1)
+        return Linear(x.shape[-1], name="down")(ACTIVATIONS[self.activation](gate) * up)
+
+
+class MoE(nn.Module):
+    """Each token's best experts, weighted by the renormalized router (Mixtral, Jiang et al. 2024).
+
+    An expert that no row chose is skipped; one that some row chose runs over all rows, so that a row's
+    bits do not depend on what the others chose.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c, moe = self.config, self.config.moe
+        assert moe is not None
+        logits = Linear(moe.num_experts, name="router")(x)
+        best, chosen = jax.lax.top_k(logits, moe.num_used)
+        share = jnp.exp(best - best[..., :1])  # softmax over all experts, renormalized: the same
+        share = share / row_sum(share)[..., None]
+        out = jnp.zeros_like(x)
+        for e in range(moe.num_experts):
+            expert = MLP(c.ffn_size, c.activation, parent=None)
+            params = {"params": self.get_variable("params", f"expert_{e}")}
+            mine = row_sum(jnp.where(chosen == e, share, 0.0))[..., None]
+            out = out + jax.lax.cond(
+                jnp.any(mine > 0), lambda m=mine, n=expert, p=params: m * n.apply(p, x), lambda: jnp.zeros_like(x)
+            )
+        return out
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each around a residual."""
+
+    config: ModelConfig
+    kind: LayerKind
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], cache: KVCache, where: Where
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        c = self.config
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(c.norm_eps, name=name)
+
+        mixed, cache = Attention(c, self.kind, name="attention")(norm("attention_norm")(x), cache, where)
+        x = x + (norm("attention_post_norm")(mixed) if c.post_norms else mixed)
+        feed_forward = MoE(c, name="mlp") if c.moe else MLP(c.ffn_size, c.activation, name="mlp")
+        fed = feed_forward(norm("mlp_norm")(x))
+        return x + (norm("mlp_post_norm")(fed) if c.post_norms else fed), cache

@@ -1,0 +1,62 @@
+"""The Transformer: tokens and caches in, hidden states and caches out."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from realm_jax.cache import KVCache
+from realm_jax.config import ModelConfig
+from realm_jax.layers import Block, RMSNorm, Where
+from realm_jax.rope import angles
+
+Caches = tuple[KVCache, ...]  # one a layer: a single stacked array would be copied whole at each step
+
+
+class Transformer(nn.Module):
+    """Every dense and mixture-of-experts family, through the switches of `ModelConfig`."""
+
+    config: ModelConfig
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        caches: Caches,
+        first_slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], Caches]:
+        """Hidden states after the last norm; each row's keys and values stand in its slot's cache."""
+        c = self.config
+        x = self.get_variable("params", "embedding").rows(tokens) * c.embedding_scale
+        frequencies = self.get_variable("params", "rope")
+        turned = {name: angles(positions, frequencies[name], rope.magnitude) for name, rope in c.ropes}
+        where = Where(first_slot, positions, turned)
+        written = []
+        for i, (kind, cache) in enumerate(zip(c.layers, caches, strict=True)):
+            block = Block(c, kind, parent=None)
+            x, cache = _apply_block(block, self.get_variable("params", f"layer_{i}"), x, cache, where)
+            written.append(cache)
+        norm = RMSNorm(c.norm_eps, parent=None)
+        return norm.apply({"params": self.get_variable("params", "norm")}, x), tuple(written)  # pyright: ignore[reportReturnType]
+
+    def logits(self, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
+        """Scores of the next token, float32."""
+        scores = hidden @ self.get_variable("params", "head")
+        cap = self.config.logit_softcap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+    def empty_caches(self, slots: int, capacity: int, dtype: jnp.dtype) -> Caches:
+        """Caches of `slots` empty slots, one a layer."""
+        c = self.config
+        return tuple(
+            KVCache.zeros(slots, c.num_kv_heads, capacity, c.head_dim, dtype) for _ in range(c.num_layers)
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply_block(block: Block, params: Any, x: Array, cache: KVCache, where: Where) -> tuple[Array, KVCache]:
+    """The block, traced once for all layers of its kind rather than once a layer."""
+    return block.apply({"params": params}, x, cache, where)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,94 @@
+"""SamplingParams: facts of a request, with vLLM's names and defaults. No JAX: the scheduler reads it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from realm_jax.errors import RequestError
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+MAX_STOP_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    Temperature divides the logits first; then min_p, top_k and top_p truncate, in this order, each on
+    what the one before left; 0 temperature is greedy. Penalties and `logit_bias` act before all of these.
+
+    top_k: 0 or -1 = off. max_tokens: None = to an end token or the context's end.
+    seed: None = a random one. stop: strings that end the text, themselves left out.
+    stop_token_ids: tokens that end it, kept in token_ids. ignore_eos: end tokens do not stop.
+    min_tokens: end and stop tokens are masked until so many tokens stand.
+    logprobs: None, or how many best alternatives to report with each token.
+    n: independent samples of the same prompt.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stops)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name, low, high in _REALS:
+            _check_real(name, getattr(self, name), low, high)
+        for name, low, high in _INTEGERS:
+            _check_integer(name, getattr(self, name), low, high)
+        for name in ("seed", "max_tokens", "logprobs"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), *_OPTIONAL[name])
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise RequestError("stop has an empty string or a value that is no string; remove it")
+        _check_token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS)
+        _check_token_ids("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
+        for token, bias in self.logit_bias.items():
+            _check_real(f"logit_bias[{token}]", bias, -100.0, 100.0)
+
+
+_REALS = (
+    ("temperature", 0.0, 100.0),
+    ("top_p", 1e-9, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 1e-3, 100.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
+_INTEGERS = (("top_k", -1, 1 << 30), ("min_tokens", 0, 1 << 30), ("n", 1, 1024))
+_OPTIONAL = {"seed": (0, 2**63 - 1), "max_tokens": (1, 1 << 30), "logprobs": (0, MAX_LOGPROBS)}
+
+
+def _check_real(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RequestError(f"{name} is {value!r}; it must be a number")
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {value:g}; it must be from {low:g} to {high:g}")
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}; it must be a whole number from {low:,} to {high:,}")
+
+
+def _check_token_ids(name: str, ids: Sequence[int] | Mapping[int, float], limit: int) -> None:
+    if len(ids) > limit:
+        raise RequestError(f"{name} has {len(ids)} entries; the limit is {limit}")
+    for token in ids:
+        _check_integer(f"a token id in {name}", token, 0, (1 << 31) - 1)

@@ -1,0 +1,299 @@
+"""Batched sampling on the device: each row by its own parameters, no sort of the vocabulary.
+
+Randomness is Gumbel noise, a pure function of (seed, sample, position, token): the token drawn is the
+arg-max of scaled logits plus noise (Gumbel-max; Maddison et al. 2014). A drafter that adds the same noise
+agrees with the target as often as their distributions do (Daliri, Musco and Suresh 2024).
+
+R rows, V vocabulary, A candidates.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.extend.random import threefry_2x32
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from realm_jax.kernels import row_sum
+from realm_jax.params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, SamplingParams
+
+__all__ = ["SamplingParams", "SamplingRows", "TokenCounts", "TokenLogprobs", "sample"]
+
+CANDIDATES = 256
+"""Truncated sampling looks at so many best tokens, and at all only where a row needs more."""
+
+
+@struct.dataclass
+class SamplingRows:
+    """The sampling parameters of each row, as data: no value compiles a new program."""
+
+    temperature: jax.Array  # [R] 0 = greedy
+    top_p: jax.Array  # [R]
+    top_k: jax.Array  # [R] 0 = off
+    min_p: jax.Array  # [R]
+    repetition_penalty: jax.Array  # [R]
+    presence_penalty: jax.Array  # [R]
+    frequency_penalty: jax.Array  # [R]
+    seed: jax.Array  # [R, 2] uint32, high word first
+    sample_index: jax.Array  # [R]
+    bias_ids: jax.Array  # [R, MAX_LOGIT_BIAS] V = none
+    bias: jax.Array  # [R, MAX_LOGIT_BIAS]
+    stop_ids: jax.Array  # [R, MAX_STOP_TOKENS] V = none
+    stop_from: jax.Array  # [R] the first position at which a stop token may stand
+    num_logprobs: jax.Array  # [R] -1 = none wanted
+
+    @classmethod
+    def of(
+        cls, params: SamplingParams, *, seed: int, sample_index: int, stop_ids: tuple[int, ...], prompt: int, vocab: int
+    ) -> "SamplingRows":
+        """One row, as NumPy. stop_ids: all tokens that end this request; prompt: its length in tokens."""
+
+        def row(value: float, dtype: type) -> np.ndarray:
+            return np.array([value], dtype)
+
+        bias = tuple(params.logit_bias.items())
+        return cls(
+            temperature=row(params.temperature, np.float32),
+            top_p=row(params.top_p, np.float32),
+            top_k=row(max(params.top_k, 0), np.int32),
+            min_p=row(params.min_p, np.float32),
+            repetition_penalty=row(params.repetition_penalty, np.float32),
+            presence_penalty=row(params.presence_penalty, np.float32),
+            frequency_penalty=row(params.frequency_penalty, np.float32),
+            seed=np.array([[seed >> 32, seed & 0xFFFFFFFF]], np.uint32),
+            sample_index=row(sample_index, np.int32),
+            bias_ids=_padded([token for token, _ in bias], MAX_LOGIT_BIAS, vocab, np.int32),
+            bias=_padded([value for _, value in bias], MAX_LOGIT_BIAS, 0.0, np.float32),
+            stop_ids=_padded(list(stop_ids), MAX_STOP_TOKENS, vocab, np.int32),
+            stop_from=row(prompt + params.min_tokens, np.int32),
+            num_logprobs=row(-1 if params.logprobs is None else params.logprobs, np.int32),
+        )  # pyright: ignore[reportArgumentType]: NumPy leaves become arrays when they enter a program
+
+    @classmethod
+    def greedy(cls, rows: int, vocab: int) -> "SamplingRows":
+        """Rows that pick the best token: what empty slots hold."""
+        one = cls.of(
+            SamplingParams(temperature=0.0), seed=0, sample_index=0, stop_ids=(), prompt=0, vocab=vocab
+        )
+        return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), rows, axis=0), one)
+
+
+@struct.dataclass
+class TokenCounts:
+    """Which tokens each row has seen, for the penalties."""
+
+    in_prompt: jax.Array  # [R, V] bool
+    generated: jax.Array  # [R, V] int32
+
+    @classmethod
+    def zeros(cls, rows: int, vocab: int) -> "TokenCounts":
+        return cls(jnp.zeros((rows, vocab), jnp.bool_), jnp.zeros((rows, vocab), jnp.int32))
+
+
+@struct.dataclass
+class TokenLogprobs:
+    """Log-probabilities of the model itself: before temperature, truncation, penalties and bias."""
+
+    chosen: jax.Array  # [R]
+    top_ids: jax.Array  # [R, MAX_LOGPROBS]
+    top: jax.Array  # [R, MAX_LOGPROBS] best first
+
+
+def sample(
+    logits: Float[Array, "R V"], rows: SamplingRows, counts: TokenCounts, positions: Int[Array, "R"]
+) -> tuple[Int[Array, "R"], TokenLogprobs]:
+    """The token of each row, and its log-probability where any row asked for one.
+
+    positions: where the tokens will stand. Stages that no row uses are skipped.
+    """
+    is_early = positions < rows.stop_from
+    adjusted = jax.lax.cond(
+        jnp.any(is_early | _is_adjusted(rows)),
+        lambda: _adjust(logits, rows, counts, is_early),
+        lambda: logits,
+    )
+    best = _first_argmax(adjusted)
+    tokens = jax.lax.cond(
+        jnp.any(rows.temperature > 0),
+        lambda: jnp.where(rows.temperature > 0, _draw(adjusted, rows, positions), best),
+        lambda: best,
+    )
+    return tokens, _logprobs(logits, tokens, rows)
+
+
+def _is_adjusted(rows: SamplingRows) -> Bool[Array, "R"]:
+    return (
+        (rows.repetition_penalty != 1)
+        | (rows.presence_penalty != 0)
+        | (rows.frequency_penalty != 0)
+        | jnp.any(rows.bias != 0, axis=-1)
+    )
+
+
+def _adjust(
+    logits: Float[Array, "R V"], rows: SamplingRows, counts: TokenCounts, is_early: Bool[Array, "R"]
+) -> Float[Array, "R V"]:
+    """Logits after bias, penalties (OpenAI's, and CTRL's repetition penalty) and early stops masked."""
+    R, V = logits.shape
+    each = jnp.arange(R, dtype=jnp.int32)[:, None]
+    x = logits.at[each, rows.bias_ids].add(rows.bias, mode="drop")
+    seen = counts.in_prompt | (counts.generated > 0)
+    repetition = rows.repetition_penalty[:, None]
+    x = jnp.where(seen, jnp.where(x > 0, x / repetition, x * repetition), x)
+    x = x - counts.generated.astype(jnp.float32) * rows.frequency_penalty[:, None]
+    x = x - jnp.where(counts.generated > 0, rows.presence_penalty[:, None], 0.0)
+    masked = jnp.where(is_early[:, None], rows.stop_ids, V)
+    return x.at[each, masked].set(-jnp.inf, mode="drop")
+
+
+def _draw(
+    logits: Float[Array, "R V"], rows: SamplingRows, positions: Int[Array, "R"]
+) -> Int[Array, "R"]:
+    """A token of each row's truncated distribution, from the best candidates where they hold all of it."""
+    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    best = scaled.max(axis=-1)
+    floor = best + jnp.log(rows.min_p)
+    keys = _keys(rows, positions)
+    tokens, fits = _draw_from_candidates(scaled, best, floor, rows, keys)
+    return jax.lax.cond(
+        jnp.all(fits | (rows.temperature <= 0)),
+        lambda: tokens,
+        lambda: jnp.where(fits, tokens, _draw_from_all(scaled, best, floor, rows, keys)),
+    )
+
+
+def _draw_from_candidates(
+    scaled: Float[Array, "R V"],
+    best: Float[Array, "R"],
+    floor: Float[Array, "R"],
+    rows: SamplingRows,
+    keys: UInt32[Array, "R 2"],
+) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
+    """A token of each row, and whether the candidates hold all that truncation leaves."""
+    values, ids = jax.lax.top_k(scaled, min(CANDIDATES, scaled.shape[-1]))
+    count = values.shape[-1]
+    limited = rows.top_k > 0
+    kept = values >= floor[:, None]
+    kept &= (jnp.arange(count, dtype=jnp.int32)[None] < rows.top_k[:, None]) | ~limited[:, None]
+    mass = jnp.where(kept, jnp.exp(values - best[:, None]), 0.0)
+    held = row_sum(mass)
+    is_all = (limited & (rows.top_k <= count)) | (values[:, -1] < floor) | (count == scaled.shape[-1])
+    total = jnp.where(is_all, held, row_sum(_mass(scaled, best, floor)))
+    wanted = rows.top_p * total
+    cumulative = jnp.cumsum(mass, axis=-1)
+    kept &= (cumulative - mass < wanted[:, None]) | (rows.top_p >= 1)[:, None]
+    noisy = jnp.where(kept, values + _gumbel(keys, ids.astype(jnp.uint32)), -jnp.inf)
+    chosen = jnp.take_along_axis(ids, jnp.argmax(noisy, axis=-1)[:, None], axis=-1)[:, 0]
+    fits = is_all | (~limited & (rows.top_p < 1) & (held >= wanted))
+    return chosen.astype(jnp.int32), fits
+
+
+def _draw_from_all(
+    scaled: Float[Array, "R V"],
+    best: Float[Array, "R"],
+    floor: Float[Array, "R"],
+    rows: SamplingRows,
+    keys: UInt32[Array, "R 2"],
+) -> Int[Array, "R"]:
+    """As `_draw_from_candidates`, over the whole vocabulary, with thresholds instead of ranks."""
+    kept = scaled >= floor[:, None]
+    limit = jnp.where(rows.top_k > 0, rows.top_k, 0).astype(jnp.float32)
+    kept &= scaled >= _threshold(scaled, kept.astype(jnp.float32), limit)[:, None]
+    mass = jnp.where(kept, jnp.exp(scaled - best[:, None]), 0.0)
+    wanted = jnp.where(rows.top_p < 1, rows.top_p * row_sum(mass), 0.0)
+    kept &= scaled >= _threshold(scaled, mass, wanted)[:, None]
+    ids = jnp.broadcast_to(jnp.arange(scaled.shape[-1], dtype=jnp.uint32)[None], scaled.shape)
+    return _first_argmax(jnp.where(kept, scaled + _gumbel(keys, ids), -jnp.inf))
+
+
+def _mass(scaled: Float[Array, "R V"], best: Float[Array, "R"], floor: Float[Array, "R"]) -> Float[Array, "R V"]:
+    return jnp.where(scaled >= floor[:, None], jnp.exp(scaled - best[:, None]), 0.0)
+
+
+def _threshold(
+    values: Float[Array, "R V"], amounts: Float[Array, "R V"], target: Float[Array, "R"]
+) -> Float[Array, "R"]:
+    """The largest value t of each row such that the amounts of values >= t reach the target.
+
+    Bisection over the 32 bits of a float, in the order of floats: exact, without a sort. A target of 0
+    is no limit: -inf, and where all targets are 0 nothing is computed.
+    """
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # low reaches the target, high does not
+        middle = low + (high - low) // 2
+        reached = row_sum(jnp.where(values >= _from_ordered(middle)[:, None], amounts, 0.0)) >= target
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    lowest = jnp.full(target.shape, _LOWEST_ORDERED, jnp.uint32)
+    highest = jnp.where(target > 0, jnp.uint32(_INFINITY_ORDERED), lowest + 1)
+    steps = jnp.where(jnp.any(target > 0), 32, 0)
+    low, _ = jax.lax.fori_loop(0, steps, halve, (lowest, highest))
+    return _from_ordered(low)
+
+
+_LOWEST_ORDERED = 0x007FFFFF  # -inf, where floats are numbered in their order
+_INFINITY_ORDERED = 0xFF800000
+
+
+def _from_ordered(number: UInt32[Array, "R"]) -> Float[Array, "R"]:
+    """The float at this place in the order of all floats."""
+    bits = jnp.where(number >> 31 == 1, number & 0x7FFFFFFF, ~number)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _keys(rows: SamplingRows, positions: Int[Array, "R"]) -> UInt32[Array, "R 2"]:
+    """fold_in(fold_in(key(seed), sample index), position), as raw words."""
+
+    def key(seed: Array, index: Array, position: Array) -> Array:
+        base = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(base, index), position))
+
+    return jax.vmap(key)(rows.seed, rows.sample_index, positions)
+
+
+def _gumbel(keys: UInt32[Array, "R 2"], ids: UInt32[Array, "R A"]) -> Float[Array, "R A"]:
+    """Standard Gumbel noise of each token id: the same number whichever ids are asked for together."""
+
+    def bits(key: Array, ids: Array) -> Array:
+        words = threefry_2x32(key, jnp.concatenate([jnp.zeros_like(ids), ids]))
+        return words[: ids.shape[0]] ^ words[ids.shape[0] :]
+
+    # 23 bits and a half: never 0 or 1, exact in float32
+    uniform = ((jax.vmap(bits)(keys, ids) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+    return -jnp.log(-jnp.log(uniform))
+
+
+def _first_argmax(x: Float[Array, "R V"]) -> Int[Array, "R"]:
+    """The first index of each row's maximum: two plain reductions, many times faster than argmax on CPU."""
+    V = x.shape[-1]
+    ids = jnp.arange(V, dtype=jnp.int32)[None]
+    first = jnp.where(x == x.max(axis=-1, keepdims=True), ids, V).min(axis=-1)
+    return jnp.minimum(first, V - 1)  # a row of NaN has no maximum
+
+
+def _logprobs(
+    logits: Float[Array, "R V"], tokens: Int[Array, "R"], rows: SamplingRows
+) -> TokenLogprobs:
+    count = min(MAX_LOGPROBS, logits.shape[-1])
+
+    def compute() -> TokenLogprobs:
+        best = logits.max(axis=-1)
+        log_total = best + jnp.log(row_sum(jnp.exp(logits - best[:, None])))
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_total
+        top, ids = jax.lax.top_k(logits, count)
+        return TokenLogprobs(chosen, ids.astype(jnp.int32), top - log_total[:, None])
+
+    def skip() -> TokenLogprobs:
+        shape = (logits.shape[0], count)
+        return TokenLogprobs(
+            jnp.zeros(shape[0], jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+        )
+
+    return jax.lax.cond(jnp.any(rows.num_logprobs >= 0), compute, skip)
+
+
+def _padded(values: list, size: int, fill: float, dtype: type) -> np.ndarray:
+    row = np.full((1, size), fill, dtype)
+    row[0, : len(values)] = values
+    return row

@@ -1,0 +1,181 @@
+"""The engine: schedule -> run -> commit, the one generation loop."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from realm_jax.config import Buckets
+from realm_jax.decoding import DecodeState, PrefillChunk, StepOutput, Strategy, move
+from realm_jax.sampling import SamplingRows
+from realm_jax.serving.request import FinishReason, Request, Sequence, TextDelta
+from realm_jax.serving.scheduler import Decode, Move, Plan, Prefill, Scheduler
+from realm_jax.serving.transcript import Transcript
+from realm_jax.tokenizer import Tokenizer
+from realm_jax.weights import Params
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A call that the device was given and whose tokens have not been read."""
+
+    sequences: tuple[Sequence | None, ...]  # by row
+    output: StepOutput
+
+
+class Engine:
+    """Runs requests to their ends, many at once, on slots of fixed shape.
+
+    Each `step` gives the device its next call and then reads the tokens of the call before, so that the
+    host works while the device does.
+    """
+
+    def __init__(
+        self, strategy: Strategy, params: Params, tokenizer: Tokenizer, buckets: Buckets, *, context: int, vocab: int
+    ) -> None:
+        self.buckets = buckets
+        self.scheduler = Scheduler(buckets, context)
+        self._strategy = strategy
+        self._params = params
+        self._tokenizer = tokenizer
+        self._vocab = vocab
+        self._states: dict[int, DecodeState] = {}  # by pool, made when first used
+        self._in_flight: deque[_InFlight] = deque()
+        self._transcripts: dict[str, list[Transcript]] = {}  # by request
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._in_flight)
+
+    def add_request(self, request: Request) -> None:
+        """The request runs with the next steps. Raises RequestError if it cannot be served."""
+        if request.id in self._transcripts:
+            raise RequestError(f"request id {request.id!r} is in use; choose another")
+        self._check_token_ids(request)
+        sequences = self.scheduler.add(request)
+        self._transcripts[request.id] = [Transcript(sequence, self._tokenizer) for sequence in sequences]
+
+    def abort(self, request_id: str) -> list[TextDelta]:
+        """The request ends now and its slots are free; an unknown or finished id is ignored."""
+        running = [t for t in self._transcripts.get(request_id, ()) if t.sequence.finish_reason is None]
+        for transcript in running:
+            self.scheduler.finish(transcript.sequence, FinishReason.ABORT)
+        return [self._deltas(transcript, []) for transcript in running]
+
+    def step(self) -> list[TextDelta]:
+        """Give the device its next call, and return what the call before it produced."""
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self._run(plan)
+        if self._in_flight and (plan is None or len(self._in_flight) > 1):
+            return self._commit(self._in_flight.popleft())
+        return []
+
+    def warmup(self) -> int:
+        """Every program that the configuration can reach is compiled; returns how many there are.
+
+        Raises RequestError while requests run: warming up writes to their slots.
+        """
+        if self.has_work:
+            raise RequestError("warmup needs an idle engine; finish or abort the running requests")
+        count = 0
+        for i, pool in enumerate(self.buckets.pools):
+            state = self._state(i)
+            row = SamplingRows.greedy(1, self._vocab)
+            for bucket in self.buckets.chunks:
+                state, _ = self._strategy.prefill(self._params, state, _chunk((), 0, 0, bucket, False, row))
+            for rows in pool.rows:
+                state, _ = self._strategy.step(self._params, state, np.zeros(rows, np.bool_))
+            if i:
+                state = move(self._state(i - 1), state, np.int32(0), np.int32(0))
+            self._states[i] = jax.block_until_ready(state)
+            count += len(self.buckets.chunks) + len(pool.rows) + bool(i)
+        return count
+
+    def _run(self, plan: Plan) -> None:
+        match plan:
+            case Prefill():
+                self._prefill(plan)
+            case Decode(pool, rows, sequences):
+                active = np.array([sequence is not None for sequence in sequences])
+                self._states[pool], output = self._strategy.step(self._params, self._state(pool), active)
+                self._in_flight.append(_InFlight(sequences, output))
+            case Move(from_pool, from_slot, to_pool, to_slot):
+                source, target = self._state(from_pool), self._state(to_pool)
+                self._states[to_pool] = move(source, target, np.int32(from_slot), np.int32(to_slot))
+
+    def _prefill(self, plan: Prefill) -> None:
+        sequence = plan.sequence
+        row = SamplingRows.of(
+            sequence.request.params,
+            seed=sequence.request.seed,
+            sample_index=sequence.sample_index,
+            stop_ids=tuple(self._transcript(sequence).stop_ids),
+            prompt=sequence.prompt_length,
+            vocab=self._vocab,
+        )
+        chunk = _chunk(plan.tokens, plan.slot, plan.start, plan.bucket, plan.is_last, row)
+        self._states[plan.pool], output = self._strategy.prefill(self._params, self._state(plan.pool), chunk)
+        if plan.is_last:
+            self._in_flight.append(_InFlight((sequence,), output))
+
+    def _state(self, pool: int) -> DecodeState:
+        if pool not in self._states:
+            self._states[pool] = self._strategy.empty_state(self.buckets.pools[pool])
+        return self._states[pool]
+
+    def _commit(self, call: _InFlight) -> list[TextDelta]:
+        tokens, counts = np.asarray(call.output.tokens), np.asarray(call.output.counts)
+        live = [
+            (row, self._transcript(sequence))
+            for row, sequence in enumerate(call.sequences)
+            if sequence is not None and sequence.finish_reason is None
+        ]
+        if any(transcript.wants_logprobs for _, transcript in live):
+            logprobs = jax.tree.map(np.asarray, call.output.logprobs)
+            for row, transcript in live:
+                transcript.push_logprob(
+                    int(tokens[row, 0]), logprobs.chosen[row], logprobs.top_ids[row], logprobs.top[row]
+                )
+        return [self._deltas(transcript, tokens[row, : counts[row]].tolist()) for row, transcript in live]
+
+    def _deltas(self, transcript: Transcript, tokens: list[int]) -> TextDelta:
+        sequence = transcript.sequence
+        taken = self.scheduler.commit(sequence, tokens, transcript.stop_ids)
+        text = transcript.push(taken)
+        if transcript.met_stop_string:
+            self.scheduler.finish(sequence, FinishReason.STOP)
+        delta = transcript.delta(text, taken)
+        if sequence.finish_reason is not None:
+            self._forget(sequence.request.id)
+        return delta
+
+    def _transcript(self, sequence: Sequence) -> Transcript:
+        return self._transcripts[sequence.request.id][sequence.sample_index]
+
+    def _forget(self, request_id: str) -> None:
+        if all(t.sequence.finish_reason is not None for t in self._transcripts[request_id]):
+            del self._transcripts[request_id]
+
+    def _check_token_ids(self, request: Request) -> None:
+        params = request.params
+        named = {"prompt": request.prompt_ids, "logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+        for name, ids in named.items():
+            if (wrong := next((i for i in ids if not 0 <= i < self._vocab), None)) is not None:
+                raise RequestError(f"{name} has token id {wrong}; the vocabulary has {self._vocab:,}")
+
+
+def _chunk(
+    tokens: tuple[int, ...], slot: int, start: int, bucket: int, is_last: bool, row: SamplingRows
+) -> PrefillChunk:
+    padded = np.zeros((1, bucket), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return PrefillChunk(
+        tokens=padded,
+        slot=np.int32(slot),
+        start=np.int32(start),
+        length=np.int32(len(tokens)),
+        is_last=np.bool_(is_last),
+        sampling=row,
+    )  # pyright: ignore[reportArgumentType]: NumPy leaves become arrays when they enter the program

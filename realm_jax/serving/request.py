@@ -1,0 +1,116 @@
+"""A request, its life as sequences, and what comes out. Plain Python: no JAX."""
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypedDict
+
+from realm_jax.params import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # an end token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the context's end
+    ABORT = "abort"
+
+
+class TokenLogprob(TypedDict):
+    """A token's natural-log probability, and the best alternatives as [token_id, logprob]."""
+
+    token_id: int
+    logprob: float
+    top: list[list[int | float]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it. A seed is always set here: None was drawn before."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    arrival: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens in and out."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Seconds since the request arrived."""
+
+    first_token_s: float | None
+    finished_s: float
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """One finished sample of a request."""
+
+    request_id: str
+    sample_index: int
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: FinishReason
+    seed: int
+    usage: Usage
+    metrics: RequestMetrics
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """What one step added to a sample; `output` is set with the last one."""
+
+    request_id: str
+    sample_index: int
+    text: str
+    token_ids: list[int]
+    output: GenerationOutput | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample of a request in flight: the mutable record.
+
+    Tokens are read one step late: `dispatched` counts those the device was asked for, `token_ids` holds
+    those that have been read.
+    """
+
+    request: Request
+    sample_index: int
+    max_new_tokens: int
+    pool: int | None = None
+    slot: int | None = None
+    prefilled: int = 0
+    dispatched: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    first_token_at: float | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.prefilled == self.prompt_length
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache once all that was dispatched has run: the newest token is not yet."""
+        return self.prefilled + max(self.dispatched - 1, 0)
+
+    @property
+    def wants_step(self) -> bool:
+        """Whether it still lacks tokens, all dispatched ones counted."""
+        return self.finish_reason is None and self.is_prefilled and self.dispatched < self.max_new_tokens

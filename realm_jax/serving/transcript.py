@@ -1,0 +1,82 @@
+"""What a sequence has said so far: tokens to text, log-probabilities, and the finished output."""
+
+import time
+
+import numpy as np
+
+from realm_jax.serving.request import (
+    FinishReason,
+    GenerationOutput,
+    RequestMetrics,
+    Sequence,
+    TextDelta,
+    TokenLogprob,
+    Usage,
+)
+from realm_jax.tokenizer import TextStream, Tokenizer
+
+
+class Transcript:
+    """The readable side of one sequence; tokens are pushed as they are read from the device."""
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
+        self.sequence = sequence
+        params = sequence.request.params
+        ends = () if params.ignore_eos else tokenizer.eog_ids
+        self.stop_ids = frozenset((*ends, *params.stop_token_ids))
+        self._text = TextStream(tokenizer, stop=params.stop)
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+
+    @property
+    def met_stop_string(self) -> bool:
+        return self._text.stopped is not None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self._logprobs is not None
+
+    def push(self, tokens: list[int]) -> str:
+        """The text that these tokens add; a token that ended the sequence adds none."""
+        if not tokens:
+            return ""
+        self.sequence.first_token_at = self.sequence.first_token_at or time.perf_counter()
+        said = tokens
+        if self.sequence.finish_reason is FinishReason.STOP and tokens[-1] in self.stop_ids:
+            said = tokens[:-1]
+        return "".join(self._text.push(token) for token in said)
+
+    def push_logprob(self, token: int, chosen: float, top_ids: np.ndarray, top: np.ndarray) -> None:
+        """Log-probabilities of a token, with as many alternatives as the request asked for."""
+        if self._logprobs is None:
+            return
+        count = self.sequence.request.params.logprobs or 0
+        pairs = [[int(i), float(p)] for i, p in zip(top_ids[:count], top[:count], strict=True)]
+        self._logprobs.append({"token_id": token, "logprob": float(chosen), "top": pairs})
+
+    def delta(self, text: str, tokens: list[int]) -> TextDelta:
+        """These tokens' share of the output, with the whole output if the sequence has ended."""
+        request = self.sequence.request
+        if self.sequence.finish_reason is None:
+            return TextDelta(request.id, self.sequence.sample_index, text, tokens)
+        text += self._text.finish()
+        return TextDelta(request.id, self.sequence.sample_index, text, tokens, self._output())
+
+    def _output(self) -> GenerationOutput:
+        sequence, request = self.sequence, self.sequence.request
+        assert sequence.finish_reason is not None
+        first = sequence.first_token_at
+        return GenerationOutput(
+            request_id=request.id,
+            sample_index=sequence.sample_index,
+            prompt_token_ids=list(request.prompt_ids),
+            text=self._text.text,
+            token_ids=list(sequence.token_ids),
+            logprobs=self._logprobs,
+            finish_reason=sequence.finish_reason,
+            seed=request.seed,
+            usage=Usage(len(request.prompt_ids), len(sequence.token_ids)),
+            metrics=RequestMetrics(
+                first_token_s=None if first is None else first - request.arrival,
+                finished_s=time.perf_counter() - request.arrival,
+            ),
+        )

@@ -1,0 +1,151 @@
+"""GGUF tensors -> params: a nested dict of weight nodes, loaded tensor by tensor."""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from realm_jax import rope
+from realm_jax.architectures import Parameter, Part, parameters
+from realm_jax.config import ModelConfig
+from realm_jax.errors import ModelFileError
+from realm_jax.gguf import GGUFFile
+from realm_jax.nodes import Biased, Dense, Kernel
+from realm_jax.quant import dequantize, dequantize_into
+
+Params = dict[str, Any]
+Progress = Callable[[int], None]  # called with the bytes of the file that were just read
+
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def load(file: GGUFFile, config: ModelConfig, *, dtype: str, context: int, progress: Progress | None = None) -> Params:
+    """The model's params, projections dense in `dtype` ("float32" or "bfloat16").
+
+    context: tokens a sequence may hold; it chooses between long and short rope factors.
+    Raises ModelFileError with all missing, extra and mis-shaped tensors before anything is read.
+    """
+    wanted = parameters(config)
+    _check_tensors(file, wanted)
+    present = [p for p in wanted if _is_present(file, p)]
+    params: Params = {"rope": _rope_frequencies(file, config, context)}
+    storage = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        nodes = pool.map(lambda p: _load_parameter(file, p, storage, progress), present)
+        for parameter, node in zip(present, nodes, strict=True):
+            _put(params, parameter.path, node)
+    params.setdefault("head", params["embedding"])  # tied
+    return params
+
+
+def _load_parameter(file: GGUFFile, p: Parameter, storage: np.dtype, progress: Progress | None) -> Any:
+    if p.is_vector:
+        node = _on_device(_vector(file, p.parts[0].name + ".weight"))
+    else:
+        node = _projection(file, p.parts, storage)
+    if progress is not None:
+        progress(sum(_part_bytes(file, part) for part in p.parts))
+    return node
+
+
+def _projection(file: GGUFFile, parts: tuple[Part, ...], storage: np.dtype) -> Kernel:
+    """The parts stacked along their outputs, and so their biases, where there are any."""
+    sizes = [part.shape[-2] for part in parts]
+    weight = _aligned_empty((sum(sizes), parts[0].shape[-1]), storage)
+    for part, rows in zip(parts, np.split(weight, np.cumsum(sizes)[:-1]), strict=True):
+        info = file.tensors[part.name + ".weight"]
+        data = file.data(info.name)
+        if part.expert is not None:
+            each = info.nbytes // part.shape[0]
+            data = data[part.expert * each :][:each]
+        dequantize_into(data, info.ggml_type, rows)
+    dense = Dense(_on_device(weight))
+    biases = [part.name + ".bias" for part in parts]
+    if not any(name in file.tensors for name in biases):
+        return dense
+    vectors = [
+        _vector(file, name) if name in file.tensors else np.zeros(size, np.float32)
+        for name, size in zip(biases, sizes, strict=True)
+    ]
+    return Biased(dense, _on_device(np.concatenate(vectors)))
+
+
+def _rope_frequencies(file: GGUFFile, config: ModelConfig, context: int) -> dict[str, jax.Array]:
+    """Per rope name, the angle per position of each pair; a file's own factors apply to the global one."""
+    ropes = dict(config.ropes)
+    is_long = context > ropes["global"].original_context
+    names = ("rope_freqs.weight", f"rope_factors_{'long' if is_long else 'short'}.weight")
+    factors = next((_vector(file, name) for name in names if name in file.tensors), None)
+    pairs = ropes["global"].dims // 2
+    if factors is not None and (factors.shape != (pairs,) or not (np.isfinite(factors) & (factors > 0)).all()):
+        raise ModelFileError(f"{file.path.name}: rope factors must be {pairs} positive numbers")
+    return {
+        name: _on_device(rope.frequencies(config, factors if name == "global" else None))
+        for name, config in ropes.items()
+    }
+
+
+def _check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
+    """Raises one error that names every tensor that is missing, extra or of another shape."""
+    problems, known = [], set(ROPE_TENSORS)
+    for parameter in wanted:
+        for part in parameter.parts:
+            weight, bias = part.name + ".weight", part.name + ".bias"
+            shapes = {weight: part.shape}
+            if not parameter.is_vector and part.expert is None:
+                shapes[bias] = part.shape[:1]
+            known |= shapes.keys()
+            if weight not in file.tensors and not parameter.optional:
+                problems.append(f"{weight} is missing")
+            problems += [
+                f"{name} is {list(file.tensors[name].shape)}, expected {list(shape)}"
+                for name, shape in shapes.items()
+                if name in file.tensors and file.tensors[name].shape != shape
+            ]
+    problems += [f"{name} is unknown" for name in file.tensors if name not in known]
+    problems = list(dict.fromkeys(problems))  # an expert's tensor is named once, not once an expert
+    if problems:
+        more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ModelFileError(f"{file.path.name}: tensors do not fit the model: {'; '.join(problems[:20])}{more}")
+
+
+def resident_bytes(params: Params) -> int:
+    """Bytes of all arrays, a shared one counted once."""
+    return sum({id(x): x.nbytes for x in jax.tree.leaves(params)}.values())
+
+
+def _is_present(file: GGUFFile, p: Parameter) -> bool:
+    return p.parts[0].name + ".weight" in file.tensors
+
+
+def _part_bytes(file: GGUFFile, part: Part) -> int:
+    nbytes = file.tensors[part.name + ".weight"].nbytes
+    return nbytes if part.expert is None else nbytes // part.shape[0]
+
+
+def _vector(file: GGUFFile, name: str) -> np.ndarray:
+    info = file.tensors[name]
+    return dequantize(file.data(name), info.ggml_type, info.shape)
+
+
+def _on_device(x: np.ndarray) -> jax.Array:
+    return jax.device_put(x)
+
+
+def _aligned_empty(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    """An uninitialized array at a 64-byte boundary, which a CPU device adopts without a copy."""
+    nbytes = shape[0] * shape[1] * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _put(tree: Params, path: Iterable[str], node: Any) -> None:
+    *parents, leaf = path
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[leaf] = node
