@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from realm_jax import gguf
+from realm_jax import gguf, quant
 from realm_jax.errors import ModelFileError, UnsupportedError
-from realm_jax.ggml import BLOCK_SIZES, GGMLType
+from realm_jax.ggml import BLOCK_SIZES
 
 EXTREMES = [0, 1, 2, 3, 7, 8, 9, 77, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32]
 EXTREMES += [2**61 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 8]
@@ -79,7 +79,7 @@ def check(path: Path) -> str:
             for name, info in file.tensors.items():
                 data = file.data(name)
                 assert data.nbytes == info.nbytes <= file.nbytes
-                assert isinstance(info.ggml_type, GGMLType)
+                assert quant.dequantize(data, info.ggml_type, info.shape).shape == info.shape
     except (ModelFileError, UnsupportedError) as error:
         assert len(str(error).splitlines()) == 1, f"not one line: {error}"
         return type(error).__name__
