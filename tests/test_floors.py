@@ -15,9 +15,10 @@ ROOT = PACKAGE.parent
 
 FLOORS = {
     0: {"errors", "config", "ggml", "params", "serving"},  # serving/__init__.py imports nothing
-    1: {"lora", "quant", "kernels", "cache", "sampling", "tokenizer", "chat", "gguf", "hub"},
+    1: {"lora", "quant", "nodes", "kernels", "rope", "cache", "sampling"}
+    | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime"},
     2: {"model", "layers", "weights", "architectures"},
-    3: {"decoding", "serving.scheduler", "serving.request", "serving.tenants"},
+    3: {"decoding", "serving.scheduler", "serving.request", "serving.tenants", "serving.transcript"},
     4: {"serving.engine"},
     5: {"llm", "research", "training", "evaluation"}
     | {f"serving.{name}" for name in ("server", "batch", "keys", "metrics")},
@@ -27,10 +28,14 @@ WITHIN_A_FLOOR = {
     ("lora", "quant"),
     ("lora", "kernels"),
     ("quant", "kernels"),
+    ("nodes", "kernels"),
+    ("sampling", "kernels"),
+    ("tokenizer", "gguf"),  # Tokenizer.from_gguf
     ("model", "layers"),
     ("weights", "architectures"),
     ("serving.scheduler", "serving.request"),
     ("serving.scheduler", "serving.tenants"),
+    ("serving.transcript", "serving.request"),
     ("__main__", "cli"),
 } | {(unit, "errors") for unit in FLOORS[0]}
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
