@@ -53,10 +53,12 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._algorithm = algorithm
         self._bytes: dict[int, bytes] = {}
-        special = [i for i, kind in enumerate(vocabulary.types) if kind in SPECIAL_TYPES]
-        tokens = vocabulary.tokens
+        tokens, types = vocabulary.tokens, vocabulary.types
+        special = [i for i, kind in enumerate(types) if kind in SPECIAL_TYPES]
         # Longest first, whichever stands first in the text: llama.cpp's order.
-        self._special = sorted(special, key=lambda i: -len(tokens[i].encode("utf-8", "surrogateescape")))
+        special.sort(key=lambda i: -len(tokens[i].encode("utf-8", "surrogateescape")))
+        self._all_special = special
+        self._always_read = [i for i in special if types[i] == TokenType.USER_DEFINED]
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
@@ -218,9 +220,9 @@ class Tokenizer:
         """The text, cut at special tokens; these as ids."""
         vocabulary = self._vocabulary
         parts: list[str | int] = [text] if text else []
-        for token_id in self._special:
+        for token_id in self._all_special if parse_special else self._always_read:
             token = vocabulary.tokens[token_id]
-            if token in text and (parse_special or not self.is_special(token_id)):
+            if token in text:
                 parts = [new for part in parts for new in self._cut(part, token, token_id)]
         return parts
 
