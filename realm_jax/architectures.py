@@ -126,7 +126,9 @@ def _moe(arch: Architecture, meta: Metadata) -> MoEConfig | None:
     if not experts:
         return None
     if not arch.experts:
-        raise UnsupportedError(f"{meta.source}: {meta.architecture}.expert_count is {experts}; 0 is supported")
+        raise UnsupportedError(
+            f"{meta.source}: {meta.architecture}.expert_count is {experts}; 0 is supported"
+        )
     return MoEConfig(experts, meta.count("expert_used_count", experts))
 
 
@@ -146,10 +148,14 @@ def _ropes(
 ) -> Iterator[tuple[str, RopeConfig]]:
     dims = meta.count("rope.dimension_count", head_dim, default=head_dim)
     if dims % 2:
-        raise ModelFileError(f"{meta.source}: {meta.architecture}.rope.dimension_count is {dims}; it must be even")
+        raise ModelFileError(
+            f"{meta.source}: {meta.architecture}.rope.dimension_count is {dims}; it must be even"
+        )
     base = meta.real("rope.freq_base", default=10000.0, above=1.0)
     scaling, factor = meta.rope_scaling()
-    original = meta.count("rope.scaling.original_context_length", 1 << 28, default=meta.count("context_length", 1 << 28))
+    original = meta.count(
+        "rope.scaling.original_context_length", 1 << 28, default=meta.count("context_length", 1 << 28)
+    )
     magnitude = meta.real("rope.scaling.attn_factor", default=1.0, above=0.0)
     if scaling == "yarn":
         magnitude *= 1.0 + 0.1 * math.log(factor)
@@ -204,7 +210,9 @@ def _layer_parameters(c: ModelConfig, index: int) -> Iterator[Parameter]:
 
     yield norm("attention_norm", "attn_norm")
     separate = (part("attn_q", q, D), part("attn_k", kv, D), part("attn_v", kv, D))
-    yield Parameter(at("attention", "qkv", "kernel"), (part("attn_qkv", q + 2 * kv, D),) if arch.fused else separate)
+    yield Parameter(
+        at("attention", "qkv", "kernel"), (part("attn_qkv", q + 2 * kv, D),) if arch.fused else separate
+    )
     if c.qk_norm:
         yield norm("attention/q_norm", "attn_q_norm", c.head_dim)
         yield norm("attention/k_norm", "attn_k_norm", c.head_dim)

@@ -174,3 +174,27 @@ class Buckets:
     def chunk_for(self, tokens: int) -> int:
         """The smallest prefill bucket that holds `tokens`."""
         return next(chunk for chunk in self.chunks if chunk >= tokens)
+
+    def programs(self) -> list[str]:
+        """The name of every program that an engine of these shapes may compile."""
+        names = []
+        for i, pool in enumerate(self.pools):
+            names += [prefill_name(chunk, pool) for chunk in self.chunks]
+            names += [decode_name(rows, pool) for rows in pool.rows]
+            names += [move_name(pool)] if i else []
+        return names
+
+
+def prefill_name(tokens: int, pool: Pool) -> str:
+    """What a user reads of a prefill program."""
+    return f"prefill {tokens} tokens, capacity {pool.capacity}"
+
+
+def decode_name(rows: int, pool: Pool) -> str:
+    """What a user reads of a decode program."""
+    return f"decode {rows} rows, capacity {pool.capacity}"
+
+
+def move_name(pool: Pool) -> str:
+    """What a user reads of the program that moves a sequence up into a pool."""
+    return f"move to capacity {pool.capacity}"

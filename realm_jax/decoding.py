@@ -5,7 +5,7 @@ how tokens come about. B rows, T tokens of a chunk, S slots, R rows of a step, K
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import jax
@@ -14,7 +14,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from realm_jax.config import Pool
-from realm_jax.model import Caches, Transformer
+from realm_jax.model import Caches, Transformer, hidden_states, next_token_logits
 from realm_jax.sampling import SamplingRows, TokenCounts, TokenLogprobs, sample
 from realm_jax.weights import Params
 
@@ -56,7 +56,9 @@ class Strategy(Protocol):
 
     def empty_state(self, pool: Pool) -> DecodeState: ...
 
-    def prefill(self, params: Params, state: DecodeState, chunk: PrefillChunk) -> tuple[DecodeState, StepOutput]: ...
+    def prefill(
+        self, params: Params, state: DecodeState, chunk: PrefillChunk
+    ) -> tuple[DecodeState, StepOutput]: ...
 
     def step(self, params: Params, state: DecodeState, active: Array) -> tuple[DecodeState, StepOutput]: ...
 
@@ -85,16 +87,17 @@ class Autoregressive:
         """The chunk stands in its slot's cache; the slot's next token is sampled after the last chunk."""
         T = chunk.tokens.shape[1]
         at = jnp.arange(T, dtype=jnp.int32)
-        hidden, caches = self.model.apply(
-            {"params": params}, chunk.tokens, (chunk.start + at)[None], state.caches, chunk.slot
+        hidden, caches = hidden_states(
+            self.model, params, chunk.tokens, (chunk.start + at)[None], state.caches, chunk.slot
         )
         state = _begin_slot(state, chunk)
         last = jax.lax.dynamic_slice_in_dim(hidden[0], chunk.length - 1, 1)
-        logits = self.model.apply({"params": params}, last, method="logits")
+        logits = next_token_logits(self.model, params, last)
         length = chunk.start + chunk.length
         counts = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, chunk.slot, 1), state.counts)
         token, logprobs = sample(logits, chunk.sampling, counts, length[None])
-        state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        state = replace(
+            state,
             caches=caches,
             lengths=state.lengths.at[chunk.slot].set(length),
             tokens=state.tokens.at[chunk.slot].set(token[0]),
@@ -112,12 +115,13 @@ class Autoregressive:
         lengths, tokens, sampling, counts = rows
         capacity = state.caches[0].k.shape[2]
         positions = jnp.where(active, lengths, capacity)  # an idle row writes past the end: nothing
-        hidden, caches = self.model.apply(
-            {"params": params}, tokens[:, None], positions[:, None], state.caches, jnp.int32(0)
+        hidden, caches = hidden_states(
+            self.model, params, tokens[:, None], positions[:, None], state.caches, jnp.int32(0)
         )
-        logits = self.model.apply({"params": params}, hidden[:, 0], method="logits")
+        logits = next_token_logits(self.model, params, hidden[:, 0])
         chosen, logprobs = sample(logits, sampling, counts, lengths + 1)
-        state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        state = replace(
+            state,
             caches=caches,
             lengths=state.lengths.at[:R].add(active.astype(jnp.int32)),
             tokens=state.tokens.at[:R].set(jnp.where(active, chosen, tokens)),
@@ -145,8 +149,8 @@ def forward(
 ) -> tuple[Float[Array, "T V"], Caches]:
     """Logits of every position of a chunk that begins at `start` of slot 0."""
     positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    hidden, caches = model.apply({"params": params}, tokens, positions[None], caches, jnp.int32(0))
-    return model.apply({"params": params}, hidden[0], method="logits"), caches  # pyright: ignore[reportReturnType]
+    hidden, caches = hidden_states(model, params, tokens, positions[None], caches, jnp.int32(0))
+    return next_token_logits(model, params, hidden[0]), caches
 
 
 def _begin_slot(state: DecodeState, chunk: PrefillChunk) -> DecodeState:
@@ -159,11 +163,11 @@ def _begin_slot(state: DecodeState, chunk: PrefillChunk) -> DecodeState:
     in_prompt = state.counts.in_prompt.at[chunk.slot].set(before.at[tokens].set(True, mode="drop"))
     generated = state.counts.generated.at[chunk.slot].set(0)
     sampling = jax.tree.map(lambda s, row: s.at[chunk.slot].set(row[0]), state.sampling, chunk.sampling)
-    return state.replace(sampling=sampling, counts=TokenCounts(in_prompt, generated))  # pyright: ignore[reportAttributeAccessIssue]
+    return replace(state, sampling=sampling, counts=TokenCounts(in_prompt, generated))
 
 
 def _count(
     counts: TokenCounts, slots: Int[Array, "R"], tokens: Int[Array, "R"], active: Bool[Array, "R"]
 ) -> TokenCounts:
     generated = counts.generated.at[slots, tokens].add(active.astype(jnp.int32))
-    return counts.replace(generated=generated)  # pyright: ignore[reportAttributeAccessIssue]
+    return replace(counts, generated=generated)

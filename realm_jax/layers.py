@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from realm_jax.cache import KVCache
 from realm_jax.config import Activation, LayerKind, ModelConfig
@@ -131,7 +131,9 @@ class MoE(nn.Module):
             params = {"params": self.get_variable("params", f"expert_{e}")}
             mine = row_sum(jnp.where(chosen == e, share, 0.0))[..., None]
             out = out + jax.lax.cond(
-                jnp.any(mine > 0), lambda m=mine, n=expert, p=params: m * n.apply(p, x), lambda: jnp.zeros_like(x)
+                jnp.any(mine > 0),
+                lambda m=mine, n=expert, p=params: m * n.apply(p, x),
+                lambda: jnp.zeros_like(x),
             )
         return out
 

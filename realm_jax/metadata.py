@@ -37,7 +37,9 @@ class Metadata:
         name, value = self._value(key, default)
         if isinstance(value, np.ndarray) and value.size:
             if (value != value[0]).any():
-                raise UnsupportedError(f"{self.source}: {name} differs between layers; one value is supported")
+                raise UnsupportedError(
+                    f"{self.source}: {name} differs between layers; one value is supported"
+                )
             value = value[0].item()
         least = 0 if default == 0 else 1
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -69,7 +71,7 @@ class Metadata:
         factor = self.real("rope.scaling.factor", default=old, above=0.0)
         if kind not in ("none", "linear", "yarn", "longrope"):
             raise UnsupportedError(
-                f"{self.source}: {self.architecture}.{key} is {kind!r}; supported: none, linear, yarn, longrope"
+                f"{self.source}: {self.architecture}.{key} is {kind!r}; known: none, linear, yarn, longrope"
             )
         if kind in ("none", "longrope") or factor == 1.0:
             return "none", 1.0
@@ -81,7 +83,9 @@ class Metadata:
         flags = self._all.get(f"{self.architecture}.{key}")
         if isinstance(flags, np.ndarray):
             if flags.shape != (layers,):
-                raise ModelFileError(f"{self.source}: {self.architecture}.{key} has {flags.size} flags for {layers} layers")
+                raise ModelFileError(
+                    f"{self.source}: {self.architecture}.{key} has {flags.size} flags for {layers} layers"
+                )
             return [bool(flag) for flag in flags]
         period = self.count(key, 1 << 12, default=period)
         return [layer % period < period - 1 for layer in range(layers)]

@@ -37,8 +37,8 @@ class Transformer(nn.Module):
         written = []
         for i, (kind, cache) in enumerate(zip(c.layers, caches, strict=True)):
             block = Block(c, kind, parent=None)
-            x, cache = _apply_block(block, self.get_variable("params", f"layer_{i}"), x, cache, where)
-            written.append(cache)
+            x, new = _apply_block(block, self.get_variable("params", f"layer_{i}"), x, cache, where)
+            written.append(new)
         norm = RMSNorm(c.norm_eps, parent=None)
         return norm.apply({"params": self.get_variable("params", "norm")}, x), tuple(written)  # pyright: ignore[reportReturnType]
 
@@ -54,6 +54,25 @@ class Transformer(nn.Module):
         return tuple(
             KVCache.zeros(slots, c.num_kv_heads, capacity, c.head_dim, dtype) for _ in range(c.num_layers)
         )
+
+
+def hidden_states(
+    model: Transformer,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    caches: Caches,
+    first_slot: Int[Array, ""],
+) -> tuple[Float[Array, "B T D"], Caches]:
+    """The model called with its params."""
+    return model.apply({"params": params}, tokens, positions, caches, first_slot)  # pyright: ignore[reportReturnType]
+
+
+def next_token_logits(
+    model: Transformer, params: Any, hidden: Float[Array, "*lead D"]
+) -> Float[Array, "*lead V"]:
+    """The model's head with its params."""
+    return model.apply({"params": params}, hidden, method="logits")  # pyright: ignore[reportReturnType]
 
 
 @functools.partial(jax.jit, static_argnums=0)

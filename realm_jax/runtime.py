@@ -1,26 +1,17 @@
-"""JAX as a run needs it: device, threads, compilation cache, and how long compiling took."""
+"""JAX as a run needs it: device, threads and compilation cache."""
 
 import hashlib
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-import jax.monitoring
 
 from realm_jax.config import EngineConfig
 from realm_jax.errors import RequestError, UnsupportedError
 
 DTYPES = {"cpu": "bfloat16", "gpu": "bfloat16", "tpu": "bfloat16"}
 """What `dtype=auto` means on each backend. bf16 weights give float32's perplexity to 0.1 %."""
-
-_COMPILE_EVENTS = (
-    "/jax/core/compile/jaxpr_trace_duration",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    "/jax/core/compile/backend_compile_duration",
-)
 
 
 def configure(config: EngineConfig, cache: Path) -> None:
@@ -57,30 +48,6 @@ def resolve_dtype(config: EngineConfig) -> tuple[str, str]:
     """The arithmetic and the cache's type, "auto" replaced."""
     dtype = DTYPES[backend()] if config.dtype == "auto" else config.dtype
     return dtype, dtype if config.kv_dtype == "auto" else config.kv_dtype
-
-
-class CompileClock:
-    """Counts compilations and the seconds spent on tracing, lowering and compiling."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.programs = 0
-
-    def _listen(self, event: str, duration: float, **_: object) -> None:
-        if event in _COMPILE_EVENTS:
-            self.seconds += duration
-            self.programs += event == _COMPILE_EVENTS[-1]
-
-
-@contextmanager
-def compile_clock() -> Iterator[CompileClock]:
-    """A clock that runs inside the block."""
-    clock = CompileClock()
-    jax.monitoring.register_event_duration_secs_listener(clock._listen)
-    try:
-        yield clock
-    finally:
-        jax.monitoring.unregister_event_duration_listener(clock._listen)
 
 
 def _machine() -> str:

@@ -7,6 +7,8 @@ agrees with the target as often as their distributions do (Daliri, Musco and Sur
 R rows, V vocabulary, A candidates.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,14 @@ class SamplingRows:
 
     @classmethod
     def of(
-        cls, params: SamplingParams, *, seed: int, sample_index: int, stop_ids: tuple[int, ...], prompt: int, vocab: int
+        cls,
+        params: SamplingParams,
+        *,
+        seed: int,
+        sample_index: int,
+        stop_ids: tuple[int, ...],
+        prompt: int,
+        vocab: int,
     ) -> "SamplingRows":
         """One row, as NumPy. stop_ids: all tokens that end this request; prompt: its length in tokens."""
 
@@ -52,22 +61,30 @@ class SamplingRows:
             return np.array([value], dtype)
 
         bias = tuple(params.logit_bias.items())
+        values: dict[str, Any] = {  # NumPy: they become arrays when they enter a program
+            name: row(getattr(params, name), np.float32)
+            for name in (
+                "temperature",
+                "top_p",
+                "min_p",
+                "repetition_penalty",
+                "presence_penalty",
+                "frequency_penalty",
+            )
+        }
         return cls(
-            temperature=row(params.temperature, np.float32),
-            top_p=row(params.top_p, np.float32),
-            top_k=row(max(params.top_k, 0), np.int32),
-            min_p=row(params.min_p, np.float32),
-            repetition_penalty=row(params.repetition_penalty, np.float32),
-            presence_penalty=row(params.presence_penalty, np.float32),
-            frequency_penalty=row(params.frequency_penalty, np.float32),
-            seed=np.array([[seed >> 32, seed & 0xFFFFFFFF]], np.uint32),
-            sample_index=row(sample_index, np.int32),
-            bias_ids=_padded([token for token, _ in bias], MAX_LOGIT_BIAS, vocab, np.int32),
-            bias=_padded([value for _, value in bias], MAX_LOGIT_BIAS, 0.0, np.float32),
-            stop_ids=_padded(list(stop_ids), MAX_STOP_TOKENS, vocab, np.int32),
-            stop_from=row(prompt + params.min_tokens, np.int32),
-            num_logprobs=row(-1 if params.logprobs is None else params.logprobs, np.int32),
-        )  # pyright: ignore[reportArgumentType]: NumPy leaves become arrays when they enter a program
+            **values,
+            **{
+                "top_k": row(max(params.top_k, 0), np.int32),
+                "seed": np.array([[seed >> 32, seed & 0xFFFFFFFF]], np.uint32),
+                "sample_index": row(sample_index, np.int32),
+                "bias_ids": _padded([token for token, _ in bias], MAX_LOGIT_BIAS, vocab, np.int32),
+                "bias": _padded([value for _, value in bias], MAX_LOGIT_BIAS, 0.0, np.float32),
+                "stop_ids": _padded(list(stop_ids), MAX_STOP_TOKENS, vocab, np.int32),
+                "stop_from": row(prompt + params.min_tokens, np.int32),
+                "num_logprobs": row(-1 if params.logprobs is None else params.logprobs, np.int32),
+            },
+        )
 
     @classmethod
     def greedy(cls, rows: int, vocab: int) -> "SamplingRows":
@@ -146,9 +163,7 @@ def _adjust(
     return x.at[each, masked].set(-jnp.inf, mode="drop")
 
 
-def _draw(
-    logits: Float[Array, "R V"], rows: SamplingRows, positions: Int[Array, "R"]
-) -> Int[Array, "R"]:
+def _draw(logits: Float[Array, "R V"], rows: SamplingRows, positions: Int[Array, "R"]) -> Int[Array, "R"]:
     """A token of each row's truncated distribution, from the best candidates where they hold all of it."""
     scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     best = scaled.max(axis=-1)
@@ -206,7 +221,9 @@ def _draw_from_all(
     return _first_argmax(jnp.where(kept, scaled + _gumbel(keys, ids), -jnp.inf))
 
 
-def _mass(scaled: Float[Array, "R V"], best: Float[Array, "R"], floor: Float[Array, "R"]) -> Float[Array, "R V"]:
+def _mass(
+    scaled: Float[Array, "R V"], best: Float[Array, "R"], floor: Float[Array, "R"]
+) -> Float[Array, "R V"]:
     return jnp.where(scaled >= floor[:, None], jnp.exp(scaled - best[:, None]), 0.0)
 
 
@@ -272,9 +289,7 @@ def _first_argmax(x: Float[Array, "R V"]) -> Int[Array, "R"]:
     return jnp.minimum(first, V - 1)  # a row of NaN has no maximum
 
 
-def _logprobs(
-    logits: Float[Array, "R V"], tokens: Int[Array, "R"], rows: SamplingRows
-) -> TokenLogprobs:
+def _logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], rows: SamplingRows) -> TokenLogprobs:
     count = min(MAX_LOGPROBS, logits.shape[-1])
 
     def compute() -> TokenLogprobs:

@@ -23,7 +23,9 @@ Progress = Callable[[int], None]  # called with the bytes of the file that were 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def load(file: GGUFFile, config: ModelConfig, *, dtype: str, context: int, progress: Progress | None = None) -> Params:
+def load(
+    file: GGUFFile, config: ModelConfig, *, dtype: str, context: int, progress: Progress | None = None
+) -> Params:
     """The model's params, projections dense in `dtype` ("float32" or "bfloat16").
 
     context: tokens a sequence may hold; it chooses between long and short rope factors.
@@ -81,7 +83,9 @@ def _rope_frequencies(file: GGUFFile, config: ModelConfig, context: int) -> dict
     names = ("rope_freqs.weight", f"rope_factors_{'long' if is_long else 'short'}.weight")
     factors = next((_vector(file, name) for name in names if name in file.tensors), None)
     pairs = ropes["global"].dims // 2
-    if factors is not None and (factors.shape != (pairs,) or not (np.isfinite(factors) & (factors > 0)).all()):
+    if factors is not None and (
+        factors.shape != (pairs,) or not (np.isfinite(factors) & (factors > 0)).all()
+    ):
         raise ModelFileError(f"{file.path.name}: rope factors must be {pairs} positive numbers")
     return {
         name: _on_device(rope.frequencies(config, factors if name == "global" else None))
@@ -110,7 +114,9 @@ def _check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
     problems = list(dict.fromkeys(problems))  # an expert's tensor is named once, not once an expert
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ModelFileError(f"{file.path.name}: tensors do not fit the model: {'; '.join(problems[:20])}{more}")
+        raise ModelFileError(
+            f"{file.path.name}: tensors do not fit the model: {'; '.join(problems[:20])}{more}"
+        )
 
 
 def resident_bytes(params: Params) -> int:

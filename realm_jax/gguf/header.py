@@ -184,8 +184,9 @@ class HeaderReader:
             self.fail(f"{what}: unknown ggml type {kind}")
         block = BLOCK_SIZES[GGMLType(kind)]
         if shape[-1] % block.elements:
-            self.fail(f"{what}: rows of {shape[-1]} are no multiple of the {block.elements} of a "
-                      f"{GGMLType(kind).name} block")  # fmt: skip
+            self.fail(
+                f"{what}: rows of {shape[-1]} are no multiple of {GGMLType(kind).name}'s {block.elements}"
+            )
         offset = self.integer(U64, f"{what}: offset")
         if offset % alignment:
             self.fail(f"{what}: offset {offset} is not a multiple of the alignment {alignment}")

@@ -79,9 +79,7 @@ def _visible(at: Int[Array, "B M"], capacity: int, window: int | None) -> Array:
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-def _weighted_values(
-    weights: Float[Array, "B K M C"], v: Float[Array, "B K C H"]
-) -> Float[Array, "B K M H"]:
+def _weighted_values(weights: Float[Array, "B K M C"], v: Float[Array, "B K C H"]) -> Float[Array, "B K M H"]:
     """`weights @ v`, block by block, the blocks added by halving."""
     B, K, M, C = weights.shape
     blocks = C // BLOCK
@@ -96,9 +94,7 @@ def _weighted_values(
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(
-        equation, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def _pad_axis(x: Array, axis: int, least: int) -> Array:

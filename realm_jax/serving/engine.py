@@ -1,19 +1,26 @@
 """The engine: schedule -> run -> commit, the one generation loop."""
 
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from realm_jax.config import Buckets
+from realm_jax.config import Buckets, decode_name, move_name, prefill_name
 from realm_jax.decoding import DecodeState, PrefillChunk, StepOutput, Strategy, move
+from realm_jax.errors import RequestError
 from realm_jax.sampling import SamplingRows
 from realm_jax.serving.request import FinishReason, Request, Sequence, TextDelta
 from realm_jax.serving.scheduler import Decode, Move, Plan, Prefill, Scheduler
 from realm_jax.serving.transcript import Transcript
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -32,9 +39,19 @@ class Engine:
     """
 
     def __init__(
-        self, strategy: Strategy, params: Params, tokenizer: Tokenizer, buckets: Buckets, *, context: int, vocab: int
+        self,
+        strategy: Strategy,
+        params: Params,
+        tokenizer: Tokenizer,
+        buckets: Buckets,
+        *,
+        context: int,
+        vocab: int,
+        on_compile: Callable[[str], None] | None = None,
     ) -> None:
         self.buckets = buckets
+        self.programs: dict[str, float] = {}  # name -> seconds of its first call, compilation included
+        self._on_compile = on_compile
         self.scheduler = Scheduler(buckets, context)
         self._strategy = strategy
         self._params = params
@@ -79,33 +96,63 @@ class Engine:
         """
         if self.has_work:
             raise RequestError("warmup needs an idle engine; finish or abort the running requests")
-        count = 0
+        row = SamplingRows.greedy(1, self._vocab)
         for i, pool in enumerate(self.buckets.pools):
-            state = self._state(i)
-            row = SamplingRows.greedy(1, self._vocab)
             for bucket in self.buckets.chunks:
-                state, _ = self._strategy.prefill(self._params, state, _chunk((), 0, 0, bucket, False, row))
+                self._run_prefill(i, _chunk((), 0, 0, bucket, False, row))
             for rows in pool.rows:
-                state, _ = self._strategy.step(self._params, state, np.zeros(rows, np.bool_))
+                self._run_step(i, np.zeros(rows, np.bool_))
             if i:
-                state = move(self._state(i - 1), state, np.int32(0), np.int32(0))
-            self._states[i] = jax.block_until_ready(state)
-            count += len(self.buckets.chunks) + len(pool.rows) + bool(i)
-        return count
+                self._run_move(Move(i - 1, 0, i, 0))
+        jax.block_until_ready(self._states)
+        return len(self.programs)
 
     def _run(self, plan: Plan) -> None:
         match plan:
             case Prefill():
-                self._prefill(plan)
-            case Decode(pool, rows, sequences):
-                active = np.array([sequence is not None for sequence in sequences])
-                self._states[pool], output = self._strategy.step(self._params, self._state(pool), active)
-                self._in_flight.append(_InFlight(sequences, output))
-            case Move(from_pool, from_slot, to_pool, to_slot):
-                source, target = self._state(from_pool), self._state(to_pool)
-                self._states[to_pool] = move(source, target, np.int32(from_slot), np.int32(to_slot))
+                output = self._run_prefill(plan.pool, self._chunk_of(plan))
+                if plan.is_last:
+                    self._in_flight.append(_InFlight((plan.sequence,), output))
+            case Decode():
+                active = np.array([sequence is not None for sequence in plan.sequences])
+                self._in_flight.append(_InFlight(plan.sequences, self._run_step(plan.pool, active)))
+            case Move():
+                self._run_move(plan)
 
-    def _prefill(self, plan: Prefill) -> None:
+    def _run_prefill(self, pool: int, chunk: PrefillChunk) -> StepOutput:
+        name = prefill_name(chunk.tokens.shape[1], self.buckets.pools[pool])
+        state = self._state(pool)
+        self._states[pool], output = self._call(
+            name, lambda: self._strategy.prefill(self._params, state, chunk)
+        )
+        return output
+
+    def _run_step(self, pool: int, active: np.ndarray) -> StepOutput:
+        name = decode_name(len(active), self.buckets.pools[pool])
+        state = self._state(pool)
+        self._states[pool], output = self._call(
+            name, lambda: self._strategy.step(self._params, state, jnp.asarray(active))
+        )
+        return output
+
+    def _run_move(self, plan: Move) -> None:
+        source, target = self._state(plan.from_pool), self._state(plan.to_pool)
+        slots = np.int32(plan.from_slot), np.int32(plan.to_slot)
+        name = move_name(self.buckets.pools[plan.to_pool])
+        self._states[plan.to_pool] = self._call(name, lambda: move(source, target, *slots))
+
+    def _call(self, name: str, program: Callable[[], Result]) -> Result:
+        """The program's result; its first call, which compiles it, is announced and timed."""
+        if name in self.programs:
+            return program()
+        if self._on_compile is not None:
+            self._on_compile(name)
+        start = time.perf_counter()
+        result = program()
+        self.programs[name] = time.perf_counter() - start
+        return result
+
+    def _chunk_of(self, plan: Prefill) -> PrefillChunk:
         sequence = plan.sequence
         row = SamplingRows.of(
             sequence.request.params,
@@ -115,10 +162,7 @@ class Engine:
             prompt=sequence.prompt_length,
             vocab=self._vocab,
         )
-        chunk = _chunk(plan.tokens, plan.slot, plan.start, plan.bucket, plan.is_last, row)
-        self._states[plan.pool], output = self._strategy.prefill(self._params, self._state(plan.pool), chunk)
-        if plan.is_last:
-            self._in_flight.append(_InFlight((sequence,), output))
+        return _chunk(plan.tokens, plan.slot, plan.start, plan.bucket, plan.is_last, row)
 
     def _state(self, pool: int) -> DecodeState:
         if pool not in self._states:
@@ -146,6 +190,7 @@ class Engine:
         text = transcript.push(taken)
         if transcript.met_stop_string:
             self.scheduler.finish(sequence, FinishReason.STOP)
+            sequence.finish_reason = FinishReason.STOP  # also where its last token was the last allowed
         delta = transcript.delta(text, taken)
         if sequence.finish_reason is not None:
             self._forget(sequence.request.id)
@@ -160,7 +205,11 @@ class Engine:
 
     def _check_token_ids(self, request: Request) -> None:
         params = request.params
-        named = {"prompt": request.prompt_ids, "logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+        named = {
+            "prompt": request.prompt_ids,
+            "logit_bias": params.logit_bias,
+            "stop_token_ids": params.stop_token_ids,
+        }
         for name, ids in named.items():
             if (wrong := next((i for i in ids if not 0 <= i < self._vocab), None)) is not None:
                 raise RequestError(f"{name} has token id {wrong}; the vocabulary has {self._vocab:,}")
@@ -171,11 +220,11 @@ def _chunk(
 ) -> PrefillChunk:
     padded = np.zeros((1, bucket), np.int32)
     padded[0, : len(tokens)] = tokens
-    return PrefillChunk(
-        tokens=padded,
-        slot=np.int32(slot),
-        start=np.int32(start),
-        length=np.int32(len(tokens)),
-        is_last=np.bool_(is_last),
-        sampling=row,
-    )  # pyright: ignore[reportArgumentType]: NumPy leaves become arrays when they enter the program
+    values: dict[str, Any] = {  # NumPy: they become arrays when they enter the program
+        "tokens": padded,
+        "slot": np.int32(slot),
+        "start": np.int32(start),
+        "length": np.int32(len(tokens)),
+        "is_last": np.bool_(is_last),
+    }
+    return PrefillChunk(sampling=row, **values)

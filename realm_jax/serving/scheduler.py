@@ -6,7 +6,8 @@ pool. One that fills its pool's capacity moves up to the next pool. Prefill and 
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence as Rows
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 from realm_jax.config import BLOCK, Buckets

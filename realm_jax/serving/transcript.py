@@ -24,7 +24,7 @@ class Transcript:
         params = sequence.request.params
         ends = () if params.ignore_eos else tokenizer.eog_ids
         self.stop_ids = frozenset((*ends, *params.stop_token_ids))
-        self._text = TextStream(tokenizer, stop=params.stop)
+        self._text = TextStream(tokenizer, stop=params.stop, continues=True)
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
 
     @property

@@ -1,0 +1,3 @@
+from realm_jax.cli import main
+
+main()

@@ -1,0 +1,59 @@
+"""`realm doctor`: what this machine gives, and what the engine would do with it."""
+
+import json
+import os
+import platform
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from realm_jax import __version__
+from realm_jax.cli import options
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    ctx_size: options.CtxSize = None,
+    device: options.Device = "auto",
+    offline: options.Offline = True,
+    verbose: options.Verbose = False,
+) -> None:
+    """Show versions, devices, caches, the default model, and the programs that a run may compile.
+
+    Example: realm doctor --json
+    """
+    import jax
+
+    from realm_jax import hub, runtime
+    from realm_jax.config import Buckets, EngineConfig
+
+    config = EngineConfig(ctx_size=ctx_size, device=device)
+    runtime.configure(config, hub.cache_dir())
+    dtype, kv_dtype = runtime.resolve_dtype(config)
+    default = hub.cached_path()
+    facts: dict[str, Any] = {
+        "realm_jax": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "tokenizers")},
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "backend": runtime.backend(),
+        "devices": [str(each) for each in jax.devices()],
+        "dtype": dtype,
+        "kv_dtype": kv_dtype,
+        "kernels": "xla",
+        "cache": str(hub.cache_dir()),
+        "compile_cache": str(jax.config.values["jax_compilation_cache_dir"]),
+        "default_model": str(default) if default else "not downloaded (realm models pull)",
+        "programs": Buckets.plan(ctx_size or 4096, config.max_num_seqs).programs(),
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), "\n".join(value) if isinstance(value, list) else str(value))
+    Console(soft_wrap=True).print(table)

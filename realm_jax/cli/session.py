@@ -1,0 +1,77 @@
+"""What every command that runs a model does first: load it with progress, read the file's own hints."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from realm_jax.llm import LLM
+from realm_jax.params import SamplingParams
+
+CLI_SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
+FILE_SAMPLING = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+
+
+class Status:
+    """Progress on stderr: a bar and a changing line on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._spinner = self._console.status("") if self._console.is_terminal else None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def loading(self, done: int, total: int) -> None:
+        """Bytes of weights that have been read."""
+        if not self._console.is_terminal:
+            if self._task is None:
+                self._task = TaskID(0)
+                print(f"loading {total / 1e6:,.0f} MB", file=sys.stderr)
+            return
+        if self._progress is None:
+            columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task("loading", total=total)
+        assert self._task is not None
+        self._progress.update(self._task, completed=done)
+        if done >= total:
+            self._progress.stop()
+
+    def compiling(self, program: str) -> None:
+        """A program runs for the first time."""
+        if self._spinner is None:
+            print(f"compiling {program}", file=sys.stderr)
+            return
+        self._spinner.update(f"compiling {program}")
+        self._spinner.start()
+
+    def clear(self) -> None:
+        """Nothing of the progress stays on the terminal."""
+        if self._spinner is not None:
+            self._spinner.stop()
+
+
+def open_model(model: str | None, status: Status, **config: Any) -> LLM:
+    """The model, loaded with progress on stderr."""
+    llm = LLM(model, on_load=status.loading, on_compile=status.compiling, **config)
+    if llm.model.seconds > 0 and config.get("verbose"):
+        print(f"loaded in {llm.model.seconds:.2f} s", file=sys.stderr)
+    return llm
+
+
+def sampling_params(metadata: Mapping[str, Any], **flags: Any) -> SamplingParams:
+    """Flags where given, else the file's own hints, else the CLI's defaults."""
+    values = dict(flags)
+    for name, default in CLI_SAMPLING.items():
+        if values.get(name) is None:
+            values[name] = metadata.get(FILE_SAMPLING[name], default)
+    return SamplingParams(**values)

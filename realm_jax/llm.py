@@ -1,0 +1,177 @@
+"""LLM: the Python front. Every method enters the same engine."""
+
+import itertools
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax import hub, runtime
+from realm_jax.config import BLOCK, Buckets, EngineConfig
+from realm_jax.decoding import Autoregressive, forward
+from realm_jax.errors import RequestError
+from realm_jax.loading import LoadProgress, load_model
+from realm_jax.model import Transformer
+from realm_jax.params import SamplingParams
+from realm_jax.serving.engine import Engine
+from realm_jax.serving.request import FinishReason, GenerationOutput, Request, TextDelta
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model ready to generate.
+
+        llm = LLM()                                     # the default model
+        llm = LLM("model.gguf", ctx_size=2048, dtype="float32")
+        llm.generate(["Once upon", "The capital of"], SamplingParams(max_tokens=16))
+
+    model: a path, a known name, or hf:owner/repo/file.gguf. engine_config: fields of `EngineConfig`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        on_load: LoadProgress | None = None,
+        on_compile: Callable[[str], None] | None = None,
+        **engine_config: Any,
+    ) -> None:
+        self.engine_config = EngineConfig.from_options(**engine_config)
+        path = hub.resolve(model, offline=self.engine_config.offline)
+        runtime.configure(self.engine_config, hub.cache_dir())
+        self.model = load_model(path, self.engine_config, on_load)
+        self.tokenizer = self.model.tokenizer
+        self.transformer = Transformer(self.model.config)
+        self.engine = Engine(
+            Autoregressive(self.transformer, self.model.kv_dtype),
+            self.model.params,
+            self.tokenizer,
+            Buckets.plan(self.model.context, self.engine_config.max_num_seqs),
+            context=self.model.context,
+            vocab=self.model.config.vocab_size,
+            on_compile=on_compile,
+        )
+        self._ids = itertools.count()
+        self._mailboxes: dict[str, deque[TextDelta]] = {}  # by request
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[GenerationOutput]:
+        """One output per prompt and sample, in the order of the prompts.
+
+        Text is encoded with special tokens added and parsed; token lists are used as they are. No chat
+        template is applied. params: one for all, or one per prompt.
+        """
+        batch = _as_batch(prompts)
+        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(batch):
+            raise RequestError(
+                f"params has {len(each)} entries for {len(batch)} prompts; give one, or one each"
+            )
+        requests = [self._request(self._prompt_ids(p), one) for p, one in zip(batch, each, strict=True)]
+        outputs = {
+            (d.request_id, d.sample_index): d.output for d in self._run(requests) if d.output is not None
+        }
+        return [outputs[r.id, sample] for r in requests for sample in range(r.params.n)]
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> GenerationOutput:
+        """The answer to a conversation, through the model's chat template.
+
+        Raises RequestError if params asks for more than one sample.
+        """
+        if params is not None and params.n != 1:
+            raise RequestError(f"n is {params.n}; chat gives one answer (use generate with chat_prompt)")
+        return self.generate([self.chat_prompt(messages)], params)[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
+        """The output as it comes; the last delta of each sample carries the whole."""
+        return self._run([self._request(self._prompt_ids(prompt), params)])
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation, up to where the model answers."""
+        text = self.model.require_template().render(messages)
+        ids = self.tokenizer.encode(text, add_special=False, parse_special=True)
+        bos = self.tokenizer.bos_id
+        if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
+            return [bos, *ids]
+        return ids
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [T, V]: row t scores the token that follows the first t + 1."""
+        ids = self._prompt_ids(token_ids)
+        context = self.model.context
+        if not 1 <= len(ids) <= context:
+            raise RequestError(
+                f"{len(ids):,} tokens; give from 1 to the context, {context:,} (raise --ctx-size)"
+            )
+        if (wrong := next((i for i in ids if not 0 <= i < self.model.config.vocab_size), None)) is not None:
+            raise RequestError(f"token id {wrong}; the vocabulary has {self.model.config.vocab_size:,}")
+        buckets = self.engine.buckets
+        capacity = next(pool.capacity for pool in buckets.pools if pool.capacity >= len(ids))
+        caches = self.transformer.empty_caches(1, capacity, jnp.dtype(self.model.kv_dtype))
+        rows = []
+        for start in range(0, len(ids), BLOCK):
+            part = ids[start : start + BLOCK]
+            tokens = np.zeros((1, buckets.chunk_for(len(part))), np.int32)
+            tokens[0, : len(part)] = part
+            scores, caches = forward(self.transformer, self.model.params, caches, tokens, np.int32(start))
+            rows.append(np.asarray(scores)[: len(part)])
+        return np.concatenate(rows)
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[TextDelta]:
+        """Deltas of these requests until all have ended; leaving early aborts what is left.
+
+        Several runs may interleave: whichever steps the engine puts the others' deltas in their mailboxes.
+        """
+        mailbox: deque[TextDelta] = deque()
+        waiting = {(request.id, sample) for request in requests for sample in range(request.params.n)}
+        try:
+            for request in requests:
+                self.engine.add_request(request)
+                self._mailboxes[request.id] = mailbox
+            while waiting:
+                while not mailbox:
+                    for delta in self.engine.step():
+                        self._mailboxes[delta.request_id].append(delta)
+                delta = mailbox.popleft()
+                if delta.output is not None:
+                    waiting.discard((delta.request_id, delta.sample_index))
+                yield delta
+        finally:
+            for request in requests:
+                self.engine.abort(request.id)
+                self._mailboxes.pop(request.id, None)
+
+    def _request(self, ids: Sequence[int], params: SamplingParams | None) -> Request:
+        params = params or SamplingParams()
+        seed = secrets.randbits(32) if params.seed is None else params.seed
+        return Request(f"request-{next(self._ids)}", tuple(ids), params, seed)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
+        for i in prompt:
+            if isinstance(i, bool) or not isinstance(i, int | np.integer):
+                raise RequestError(f"prompt has {i!r}; token ids are whole numbers")
+        return [int(i) for i in prompt]
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts; a string or a list of token ids is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    batch = list(prompts)
+    if batch and all(isinstance(item, int | np.integer) for item in batch):
+        return [batch]  # pyright: ignore[reportReturnType]: a list of ints is one prompt
+    return batch  # pyright: ignore[reportReturnType]
+
+
+__all__ = ["LLM", "FinishReason", "GenerationOutput", "SamplingParams", "TextDelta"]
