@@ -95,7 +95,7 @@ class Autoregressive:
         logits = next_token_logits(self.model, params, last)
         length = chunk.start + chunk.length
         counts = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, chunk.slot, 1), state.counts)
-        token, logprobs = sample(logits, chunk.sampling, counts, length[None])
+        token, logprobs = sample(logits, chunk.sampling, counts, length[None], chunk.is_last[None])
         state = replace(
             state,
             caches=caches,
@@ -119,7 +119,7 @@ class Autoregressive:
             self.model, params, tokens[:, None], positions[:, None], state.caches, jnp.int32(0)
         )
         logits = next_token_logits(self.model, params, hidden[:, 0])
-        chosen, logprobs = sample(logits, sampling, counts, lengths + 1)
+        chosen, logprobs = sample(logits, sampling, counts, lengths + 1, active)
         state = replace(
             state,
             caches=caches,

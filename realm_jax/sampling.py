@@ -115,27 +115,42 @@ class TokenLogprobs:
     top_ids: jax.Array  # [R, MAX_LOGPROBS]
     top: jax.Array  # [R, MAX_LOGPROBS] best first
 
+    @classmethod
+    def zeros(cls, rows: int, vocab: int) -> "TokenLogprobs":
+        """What a step gives where no row asked."""
+        shape = (rows, min(MAX_LOGPROBS, vocab))
+        return cls(jnp.zeros(rows, jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
 
 def sample(
-    logits: Float[Array, "R V"], rows: SamplingRows, counts: TokenCounts, positions: Int[Array, "R"]
+    logits: Float[Array, "R V"],
+    rows: SamplingRows,
+    counts: TokenCounts,
+    positions: Int[Array, "R"],
+    active: Bool[Array, "R"],
 ) -> tuple[Int[Array, "R"], TokenLogprobs]:
     """The token of each row, and its log-probability where any row asked for one.
 
-    positions: where the tokens will stand. Stages that no row uses are skipped.
+    positions: where the tokens will stand. Stages that no active row uses are skipped; what an inactive
+    row gets is garbage.
     """
     is_early = positions < rows.stop_from
     adjusted = jax.lax.cond(
-        jnp.any(is_early | _is_adjusted(rows)),
+        jnp.any(active & (is_early | _is_adjusted(rows))),
         lambda: _adjust(logits, rows, counts, is_early),
         lambda: logits,
     )
     best = _first_argmax(adjusted)
+    draws = active & (rows.temperature > 0)
     tokens = jax.lax.cond(
-        jnp.any(rows.temperature > 0),
-        lambda: jnp.where(rows.temperature > 0, _draw(adjusted, rows, positions), best),
+        jnp.any(draws),
+        lambda: jnp.where(draws, _draw(adjusted, rows, positions, draws), best),
         lambda: best,
     )
-    return tokens, _logprobs(logits, tokens, rows)
+    wants_logprobs = jnp.any(active & (rows.num_logprobs >= 0))
+    return tokens, jax.lax.cond(
+        wants_logprobs, lambda: _logprobs(logits, tokens), lambda: TokenLogprobs.zeros(*logits.shape)
+    )
 
 
 def _is_adjusted(rows: SamplingRows) -> Bool[Array, "R"]:
@@ -163,15 +178,17 @@ def _adjust(
     return x.at[each, masked].set(-jnp.inf, mode="drop")
 
 
-def _draw(logits: Float[Array, "R V"], rows: SamplingRows, positions: Int[Array, "R"]) -> Int[Array, "R"]:
+def _draw(
+    logits: Float[Array, "R V"], rows: SamplingRows, positions: Int[Array, "R"], draws: Bool[Array, "R"]
+) -> Int[Array, "R"]:
     """A token of each row's truncated distribution, from the best candidates where they hold all of it."""
-    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    scaled = logits / jnp.where(draws, rows.temperature, 1.0)[:, None]
     best = scaled.max(axis=-1)
     floor = best + jnp.log(rows.min_p)
     keys = _keys(rows, positions)
     tokens, fits = _draw_from_candidates(scaled, best, floor, rows, keys)
     return jax.lax.cond(
-        jnp.all(fits | (rows.temperature <= 0)),
+        jnp.all(fits | ~draws),
         lambda: tokens,
         lambda: jnp.where(fits, tokens, _draw_from_all(scaled, best, floor, rows, keys)),
     )
@@ -289,23 +306,12 @@ def _first_argmax(x: Float[Array, "R V"]) -> Int[Array, "R"]:
     return jnp.minimum(first, V - 1)  # a row of NaN has no maximum
 
 
-def _logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], rows: SamplingRows) -> TokenLogprobs:
-    count = min(MAX_LOGPROBS, logits.shape[-1])
-
-    def compute() -> TokenLogprobs:
-        best = logits.max(axis=-1)
-        log_total = best + jnp.log(row_sum(jnp.exp(logits - best[:, None])))
-        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_total
-        top, ids = jax.lax.top_k(logits, count)
-        return TokenLogprobs(chosen, ids.astype(jnp.int32), top - log_total[:, None])
-
-    def skip() -> TokenLogprobs:
-        shape = (logits.shape[0], count)
-        return TokenLogprobs(
-            jnp.zeros(shape[0], jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-        )
-
-    return jax.lax.cond(jnp.any(rows.num_logprobs >= 0), compute, skip)
+def _logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"]) -> TokenLogprobs:
+    best = logits.max(axis=-1)
+    log_total = best + jnp.log(row_sum(jnp.exp(logits - best[:, None])))
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_total
+    top, ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    return TokenLogprobs(chosen, ids.astype(jnp.int32), top - log_total[:, None])
 
 
 def _padded(values: list, size: int, fill: float, dtype: type) -> np.ndarray:

@@ -216,7 +216,7 @@ def test_overlaps_partial_blocks_and_zero_sizes_are_refused(tmp_path: Path):
     path = tmp_path / "model.gguf"
     cases = [
         ([tensor_entry(b"a", [16], 0, 0), tensor_entry(b"b", [8], 0, 32)], "'b': offset 128 is inside"),
-        ([tensor_entry(b"a", [33], GGMLType.Q4_0, 0)], "rows of 33 are no multiple of the 32"),
+        ([tensor_entry(b"a", [33], GGMLType.Q4_0, 0)], "rows of 33 are no multiple of Q4_0's 32"),
         ([tensor_entry(b"a", [8, 0], 0, 0)], "a dimension is 0"),
         ([tensor_entry(b"a", [2**63, 2**63], 0, 0)], "end beyond the file"),
     ]
