@@ -15,6 +15,7 @@ import pytest
 from realm_jax import quant
 from realm_jax.errors import ModelFileError
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
+from realm_jax.quant.chunks import CHUNK
 
 TYPES = list(GGMLType)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -65,7 +66,7 @@ def test_equals_ggml(fixtures: Path):
 
 @pytest.mark.parametrize("kind", [kind for kind in TYPES if kind in gguf.quants._type_traits])
 def test_random_bytes_over_several_chunks_equal_gguf_py(kind: GGMLType):
-    count = 2 * quant.CHUNK // BLOCK_SIZES[kind].elements + 3
+    count = 2 * CHUNK // BLOCK_SIZES[kind].elements + 3
     data = random_data(kind, count)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -142,14 +143,15 @@ def test_memory_is_bounded_by_the_chunks():
     quant.dequantize_into(data, GGMLType.Q4_K, out)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < (os.cpu_count() or 1) * 16 * quant.CHUNK
+    assert peak < (os.cpu_count() or 1) * 16 * CHUNK
 
 
 FORKED = """
 import os, numpy as np
 from realm_jax import quant
-data = np.zeros(4 * 2 * quant.CHUNK, np.uint8)
-expand = lambda: quant.dequantize(data, 0, (2 * quant.CHUNK,))
+from realm_jax.quant.chunks import CHUNK
+data = np.zeros(4 * 2 * CHUNK, np.uint8)
+expand = lambda: quant.dequantize(data, 0, (2 * CHUNK,))
 expand()
 child = os.fork()
 if child == 0:

@@ -1,12 +1,8 @@
 """Quantized tensors to float32 or bfloat16, bit for bit as ggml expands them.
 
-One entry of `FORMATS` describes each GGML type; this file checks sizes and spreads the work over threads.
+One entry of `FORMATS` describes each GGML type; this file checks sizes and writes the values.
 """
 
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from math import prod
 
 import ml_dtypes
@@ -16,6 +12,7 @@ from jaxtyping import Float, Float32, UInt8
 from realm_jax.errors import ModelFileError
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.quant import grids, kquants, legacy, small_tables
+from realm_jax.quant.chunks import for_each_chunk
 from realm_jax.quant.formats import BlockFormat, CastFormat, Format, Parts
 
 __all__ = [
@@ -44,8 +41,6 @@ FORMATS: dict[GGMLType, Format] = {
     **small_tables.FORMATS,
     **grids.FORMATS,
 }
-# Values a thread takes at a time: its temporaries stay in the cache, and bound the memory in use.
-CHUNK = 2**18
 
 
 def supported(ggml_type: int) -> bool:
@@ -60,7 +55,7 @@ def dequantize(
 
     Raises ModelFileError for an unknown type, and for data that is not exactly as long as `shape` says.
     """
-    kind = _checked_type(data, ggml_type, shape)
+    kind = checked_type(data, ggml_type, shape)
     out = np.empty(shape, np.float32)
     _fill(data, kind, out)
     return out
@@ -75,11 +70,11 @@ def dequantize_into(data: UInt8[np.ndarray, "..."], ggml_type: int, out: Float[n
         raise ValueError(
             f"out is {out.dtype} with strides {out.strides}; C-contiguous float32 or bfloat16 needed"
         )
-    _fill(data, _checked_type(data, ggml_type, out.shape), out)
+    _fill(data, checked_type(data, ggml_type, out.shape), out)
 
 
-def _checked_type(data: np.ndarray, ggml_type: int, shape: tuple[int, ...]) -> GGMLType:
-    """The type, if `data` is what a tensor of `shape` takes in it."""
+def checked_type(data: np.ndarray, ggml_type: int, shape: tuple[int, ...]) -> GGMLType:
+    """The type, which is known and in which `shape` takes exactly `data`'s bytes; else ModelFileError."""
     if ggml_type not in FORMATS:
         raise ModelFileError(f"ggml type {int(ggml_type)} is unknown")
     kind = GGMLType(ggml_type)
@@ -100,34 +95,14 @@ def _fill(data: np.ndarray, kind: GGMLType, out: np.ndarray) -> None:
     block = BLOCK_SIZES[kind]
     source = np.ascontiguousarray(data).reshape(-1, block.nbytes)
     target = out.reshape(-1, block.elements)
-    blocks_per_chunk = CHUNK // block.elements
 
-    def fill_chunk(start: int) -> None:
-        chunk = slice(start, start + blocks_per_chunk)
+    def fill_chunk(chunk: slice) -> None:
         blocks, values = source[chunk].reshape(-1), target[chunk].reshape(-1)
-        # Infinite and NaN scales are values like others; to look for them is not this function's task.
-        with np.errstate(all="ignore"):
-            if out.dtype == np.float32:
-                FORMATS[kind].fill(blocks, values)
-            else:
-                wide = np.empty(values.size, np.float32)
-                FORMATS[kind].fill(blocks, wide)
-                values[:] = wide
+        if out.dtype == np.float32:
+            FORMATS[kind].fill(blocks, values)
+        else:
+            wide = np.empty(values.size, np.float32)
+            FORMATS[kind].fill(blocks, wide)
+            values[:] = wide
 
-    _on_all_cores(fill_chunk, range(0, len(source), blocks_per_chunk))
-
-
-def _on_all_cores(task: Callable[[int], None], arguments: Iterable[int]) -> None:
-    arguments = list(arguments)
-    run = map if len(arguments) == 1 else _threads().map  # a hand-over to a thread costs more than one chunk
-    for _ in run(task, arguments):
-        pass
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), "dequantize")
-
-
-# Threads do not survive a fork; a child makes its own.
-os.register_at_fork(after_in_child=_threads.cache_clear)
+    for_each_chunk(fill_chunk, len(source), block.elements)

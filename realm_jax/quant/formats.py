@@ -28,6 +28,15 @@ class Parts(NamedTuple):
     minimum: Float[np.ndarray, "n S"] | None = None
     group_minimum: Integer[np.ndarray, "n G"] | None = None
 
+    def each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Parts":
+        """Every factor changed in the same way; what the format does not have stays None."""
+
+        def changed(part: np.ndarray | None) -> np.ndarray | None:
+            return None if part is None else change(part)
+
+        optional = (self.group_scale, self.minimum, self.group_minimum)
+        return Parts(change(self.codes), change(self.scale), *map(changed, optional))
+
 
 @dataclass(frozen=True)
 class CastFormat:

@@ -22,7 +22,7 @@ def _ue4m3() -> np.ndarray:
     normal = np.ldexp(np.float32(8) + mantissa.astype(np.float32), exponent - 11)
     values = np.where(exponent == 0, np.ldexp(mantissa.astype(np.float32), -10), normal)
     values[0x7F] = 0
-    return values
+    return values.astype(np.float16)  # which holds all of them exactly
 
 
 UE4M3 = _ue4m3()
