@@ -6,7 +6,7 @@ how tokens come about. B rows, T tokens of a chunk, S slots, R rows of a step, K
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,7 @@ class StepOutput:
     logprobs: TokenLogprobs  # of one token a row
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """How tokens come about: one at a time, or drafted and verified."""
 

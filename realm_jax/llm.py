@@ -122,7 +122,9 @@ class LLM:
             part = ids[start : start + BLOCK]
             tokens = np.zeros((1, buckets.chunk_for(len(part))), np.int32)
             tokens[0, : len(part)] = part
-            scores, caches = forward(self.transformer, self.model.params, caches, tokens, np.int32(start))
+            scores, caches = forward(
+                self.transformer, self.model.params, caches, jnp.asarray(tokens), jnp.int32(start)
+            )
             rows.append(np.asarray(scores)[: len(part)])
         return np.concatenate(rows)
 

@@ -4,7 +4,7 @@ A node is a pytree with a logical `shape` (in, out), `__rmatmul__`, and, where i
 `rows`. Storage is GGUF's own `[out, in]`. Layers never ask which node they hold.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from realm_jax.kernels import matmul
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """A projection from `shape[0]` inputs to `shape[1]` outputs; products are float32."""
 

@@ -7,8 +7,6 @@ agrees with the target as often as their distributions do (Daliri, Musco and Sur
 R rows, V vocabulary, A candidates.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,35 +53,30 @@ class SamplingRows:
         prompt: int,
         vocab: int,
     ) -> "SamplingRows":
-        """One row, as NumPy. stop_ids: all tokens that end this request; prompt: its length in tokens."""
+        """One row. stop_ids: all tokens that end this request; prompt: its length in tokens."""
 
-        def row(value: float, dtype: type) -> np.ndarray:
-            return np.array([value], dtype)
+        def real(value: float) -> Array:
+            return jnp.array([value], jnp.float32)
 
-        bias = tuple(params.logit_bias.items())
-        values: dict[str, Any] = {  # NumPy: they become arrays when they enter a program
-            name: row(getattr(params, name), np.float32)
-            for name in (
-                "temperature",
-                "top_p",
-                "min_p",
-                "repetition_penalty",
-                "presence_penalty",
-                "frequency_penalty",
-            )
-        }
+        def integer(value: int) -> Array:
+            return jnp.array([value], jnp.int32)
+
+        bias = params.logit_bias
         return cls(
-            **values,
-            **{
-                "top_k": row(max(params.top_k, 0), np.int32),
-                "seed": np.array([[seed >> 32, seed & 0xFFFFFFFF]], np.uint32),
-                "sample_index": row(sample_index, np.int32),
-                "bias_ids": _padded([token for token, _ in bias], MAX_LOGIT_BIAS, vocab, np.int32),
-                "bias": _padded([value for _, value in bias], MAX_LOGIT_BIAS, 0.0, np.float32),
-                "stop_ids": _padded(list(stop_ids), MAX_STOP_TOKENS, vocab, np.int32),
-                "stop_from": row(prompt + params.min_tokens, np.int32),
-                "num_logprobs": row(-1 if params.logprobs is None else params.logprobs, np.int32),
-            },
+            temperature=real(params.temperature),
+            top_p=real(params.top_p),
+            top_k=integer(max(params.top_k, 0)),
+            min_p=real(params.min_p),
+            repetition_penalty=real(params.repetition_penalty),
+            presence_penalty=real(params.presence_penalty),
+            frequency_penalty=real(params.frequency_penalty),
+            seed=jnp.array([[seed >> 32, seed & 0xFFFFFFFF]], jnp.uint32),
+            sample_index=integer(sample_index),
+            bias_ids=_padded(np.fromiter(bias.keys(), np.int32), MAX_LOGIT_BIAS, vocab),
+            bias=_padded(np.fromiter(bias.values(), np.float32), MAX_LOGIT_BIAS, 0.0),
+            stop_ids=_padded(np.array(stop_ids, np.int32), MAX_STOP_TOKENS, vocab),
+            stop_from=integer(prompt + params.min_tokens),
+            num_logprobs=integer(-1 if params.logprobs is None else params.logprobs),
         )
 
     @classmethod
@@ -92,7 +85,7 @@ class SamplingRows:
         one = cls.of(
             SamplingParams(temperature=0.0), seed=0, sample_index=0, stop_ids=(), prompt=0, vocab=vocab
         )
-        return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), rows, axis=0), one)
+        return jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), one)
 
 
 @struct.dataclass
@@ -253,7 +246,7 @@ def _threshold(
     is no limit: -inf, and where all targets are 0 nothing is computed.
     """
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Int[Array, ""], bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # low reaches the target, high does not
         middle = low + (high - low) // 2
         reached = row_sum(jnp.where(values >= _from_ordered(middle)[:, None], amounts, 0.0)) >= target
@@ -314,7 +307,5 @@ def _logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"]) -> TokenLogp
     return TokenLogprobs(chosen, ids.astype(jnp.int32), top - log_total[:, None])
 
 
-def _padded(values: list, size: int, fill: float, dtype: type) -> np.ndarray:
-    row = np.full((1, size), fill, dtype)
-    row[0, : len(values)] = values
-    return row
+def _padded(values: np.ndarray, size: int, fill: float) -> Array:
+    return jnp.asarray(np.pad(values, (0, size - len(values)), constant_values=fill)[None])

@@ -1,12 +1,18 @@
-"""Strict numerics and runtime shape checks for every test."""
+"""Strict numerics and runtime shape checks for every test, and the models that tests share."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+import jax.monitoring
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("realm_jax", "beartype.beartype")
+install_import_hook("realm_jax", "runtime_types.check")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 FIXTURES = Path(os.environ.get("REALM_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
 
@@ -17,3 +23,35 @@ def fixtures() -> Path:
     if not FIXTURES.is_dir():
         pytest.skip(f"golden data not found: {FIXTURES} (set REALM_FIXTURES)")
     return FIXTURES
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model's file, downloaded if it is not in the cache."""
+    from realm_jax import hub
+
+    return hub.resolve(None)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of random weights."""
+    from tiny import write_model
+
+    return write_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@contextmanager
+def count_compilations() -> Iterator[list[str]]:
+    """The list grows by one entry for each program that XLA compiles inside the block."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ class Engine:
 
     def _run_move(self, plan: Move) -> None:
         source, target = self._state(plan.from_pool), self._state(plan.to_pool)
-        slots = np.int32(plan.from_slot), np.int32(plan.to_slot)
+        slots = jnp.int32(plan.from_slot), jnp.int32(plan.to_slot)
         name = move_name(self.buckets.pools[plan.to_pool])
         self._states[plan.to_pool] = self._call(name, lambda: move(source, target, *slots))
 
@@ -177,11 +177,10 @@ class Engine:
             if sequence is not None and sequence.finish_reason is None
         ]
         if any(transcript.wants_logprobs for _, transcript in live):
-            logprobs = jax.tree.map(np.asarray, call.output.logprobs)
+            found = call.output.logprobs
+            chosen, top_ids, top = map(np.asarray, (found.chosen, found.top_ids, found.top))
             for row, transcript in live:
-                transcript.push_logprob(
-                    int(tokens[row, 0]), logprobs.chosen[row], logprobs.top_ids[row], logprobs.top[row]
-                )
+                transcript.push_logprob(int(tokens[row, 0]), float(chosen[row]), top_ids[row], top[row])
         return [self._deltas(transcript, tokens[row, : counts[row]].tolist()) for row, transcript in live]
 
     def _deltas(self, transcript: Transcript, tokens: list[int]) -> TextDelta:
@@ -220,11 +219,11 @@ def _chunk(
 ) -> PrefillChunk:
     padded = np.zeros((1, bucket), np.int32)
     padded[0, : len(tokens)] = tokens
-    values: dict[str, Any] = {  # NumPy: they become arrays when they enter the program
-        "tokens": padded,
-        "slot": np.int32(slot),
-        "start": np.int32(start),
-        "length": np.int32(len(tokens)),
-        "is_last": np.bool_(is_last),
-    }
-    return PrefillChunk(sampling=row, **values)
+    return PrefillChunk(
+        tokens=jnp.asarray(padded),
+        slot=jnp.int32(slot),
+        start=jnp.int32(start),
+        length=jnp.int32(len(tokens)),
+        is_last=jnp.bool_(is_last),
+        sampling=row,
+    )

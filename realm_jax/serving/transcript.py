@@ -51,7 +51,7 @@ class Transcript:
             return
         count = self.sequence.request.params.logprobs or 0
         pairs = [[int(i), float(p)] for i, p in zip(top_ids[:count], top[:count], strict=True)]
-        self._logprobs.append({"token_id": token, "logprob": float(chosen), "top": pairs})
+        self._logprobs.append({"token_id": token, "logprob": chosen, "top": pairs})
 
     def delta(self, text: str, tokens: list[int]) -> TextDelta:
         """These tokens' share of the output, with the whole output if the sequence has ended."""
