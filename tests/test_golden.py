@@ -1,0 +1,134 @@
+"""Logits and greedy continuations equal llama.cpp's, for every architecture and the real models."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from realm_jax import LLM, SamplingParams
+from realm_jax.architectures import ARCHITECTURES
+
+TIER_1 = (
+    "llama-mha",
+    "llama-gqa-tied",
+    "llama-bias",
+    "llama-rope-freqs",
+    "llama-rope-linear",
+    "llama-rope-yarn",
+    "llama-moe",
+    "llama-mixed-types",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "phi3-longrope",
+)
+USES_GELU = ("gemma2", "gemma3")
+STORIES = ("F16", "IQ4_NL", "Q4_0", "Q4_K_M", "Q8_0")
+SMOLLM2 = "smollm2/expected-Q4_1-dequant-f32"
+
+
+def greedy(llm: LLM, prompt: np.ndarray, count: int) -> list[int]:
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    return llm.generate([prompt.tolist()], params)[0].token_ids
+
+
+def clear_length(margins: np.ndarray, least: float = 0.02) -> int:
+    """Tokens before the first near-tie."""
+    ties = np.flatnonzero(margins < least)
+    return int(ties[0]) if len(ties) else len(margins)
+
+
+def test_every_supported_architecture_has_a_case() -> None:
+    assert {name.split("-")[0] for name in TIER_1} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("case", TIER_1)
+def test_architecture(fixtures: Path, case: str) -> None:
+    expected = np.load(fixtures / "arch" / case / "expected.npz")
+    llm = LLM(fixtures / "arch" / case / "model.gguf", dtype="float32", ctx_size=256)
+    golden = expected["logits_dequant" if "logits_dequant" in expected else "logits"]
+    difference = np.abs(llm.logits(expected["tokens"].tolist()) - golden).max()
+    assert difference < (5e-3 if case in USES_GELU else 1e-4)
+    assert greedy(llm, expected["tokens"], 16) == expected["greedy"].tolist()
+
+
+def test_stories(fixtures: Path) -> None:
+    folder = fixtures / "stories260K"
+    expected = np.load(folder / "expected.npz")
+    llm = LLM(folder / "model.gguf", dtype="float32", ctx_size=512)
+    for name in ("", "random_"):
+        tokens, golden = expected[f"{name}tokens"], expected[f"{name}logits"]
+        assert np.abs(llm.logits(tokens.tolist()) - golden).max() < 1e-3
+    assert greedy(llm, expected["tokens"][:48], 64) == expected["greedy"].tolist()
+    story = expected["story_from_bos"]
+    assert greedy(llm, np.array([1]), len(story)) == story.tolist()
+
+
+@pytest.mark.parametrize("kind", STORIES)
+def test_quantized_stories(fixtures: Path, kind: str) -> None:
+    folder = fixtures / "stories260K"
+    expected = np.load(folder / f"expected-{kind}.npz")
+    llm = LLM(folder / f"model-{kind}.gguf", dtype="float32", ctx_size=512)
+    logits = llm.logits(expected["tokens"].tolist())
+    assert np.abs(logits - expected["logits_dequant"]).max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def smollm2(default_model: Path) -> LLM:
+    return LLM(default_model, dtype="float32", ctx_size=512)
+
+
+@pytest.mark.slow
+def test_smollm2_logits(fixtures: Path, smollm2: LLM) -> None:
+    expected = np.load(fixtures / f"{SMOLLM2}.npz")
+    for i in range(6):
+        logits = smollm2.logits(expected[f"p{i}_tokens"].tolist())
+        top = np.take_along_axis(logits, expected[f"p{i}_top_ids"], axis=1)
+        assert np.abs(top - expected[f"p{i}_top_logits"]).max() < 5e-3
+        last = expected[f"p{i}_last_logits"]  # float16: half a unit in the last place on top of the bound
+        assert (np.abs(logits[-1] - last) <= 5e-3 + np.spacing(np.abs(last)).astype(np.float32) / 2).all()
+
+
+@pytest.mark.slow
+def test_smollm2_greedy(fixtures: Path, smollm2: LLM) -> None:
+    expected = np.load(fixtures / f"{SMOLLM2}.npz")
+    names = [f"p{i}" for i in range(6)] + ["chat_jinja", "chat_builtin"]
+    params = SamplingParams(temperature=0, max_tokens=64)
+    outputs = smollm2.generate([expected[f"{name}_tokens"].tolist() for name in names], params)
+    for name, output in zip(names, outputs, strict=True):
+        length = clear_length(expected[f"{name}_greedy_margin"])
+        assert output.token_ids[:length] == expected[f"{name}_greedy"][:length].tolist(), name
+        if length == len(expected[f"{name}_greedy"]) and length < 64:
+            assert output.finish_reason == "stop", name
+
+
+@pytest.mark.slow
+def test_smollm2_answers_the_bare_question(fixtures: Path, smollm2: LLM) -> None:
+    expected = np.load(fixtures / f"{SMOLLM2}.npz")
+    chat = json.loads((fixtures / f"{SMOLLM2}.json").read_text())["chat"]
+    output = smollm2.chat(chat["messages"], SamplingParams(temperature=0))
+    assert output.prompt_token_ids == expected["chat_jinja_tokens"].tolist()
+    assert output.token_ids == expected["chat_jinja_greedy"].tolist()
+    assert "Paris" in output.text
+
+
+@pytest.mark.slow
+def test_smollm2_in_bfloat16_is_close_to_float32(fixtures: Path, smollm2: LLM, default_model: Path) -> None:
+    expected = np.load(fixtures / f"{SMOLLM2}.npz")
+    rounded = LLM(default_model, dtype="bfloat16", ctx_size=512)
+    text = (fixtures / "smollm2" / "gpl-3.txt").read_text()[:1500]
+    prompts = [expected[f"p{i}_tokens"].tolist() for i in range(6)] + [smollm2.tokenizer.encode(text)]
+    agree, divergence = [], []
+    for prompt in prompts:
+        p, q = log_softmax(smollm2.logits(prompt)), log_softmax(rounded.logits(prompt))
+        agree.append(p.argmax(-1) == q.argmax(-1))
+        divergence.append((np.exp(p) * (p - q)).sum(-1))
+    assert np.concatenate(agree).mean() >= 0.97
+    assert np.concatenate(divergence).mean() < 0.002
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
