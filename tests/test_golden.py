@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from realm_jax import LLM, SamplingParams
 from realm_jax.architectures import ARCHITECTURES
 

@@ -75,10 +75,12 @@ class Engine:
 
     def abort(self, request_id: str) -> list[TextDelta]:
         """The request ends now and its slots are free; an unknown or finished id is ignored."""
-        running = [t for t in self._transcripts.get(request_id, ()) if t.sequence.finish_reason is None]
-        for transcript in running:
-            self.scheduler.finish(transcript.sequence, FinishReason.ABORT)
-        return [self._deltas(transcript, []) for transcript in running]
+        ended = []
+        for transcript in list(self._transcripts.get(request_id, ())):
+            if transcript.sequence.finish_reason is None:
+                self.scheduler.finish(transcript.sequence, FinishReason.ABORT)
+                ended.append(self._deltas(transcript, []))
+        return ended
 
     def step(self) -> list[TextDelta]:
         """Give the device its next call, and return what the call before it produced."""
