@@ -195,7 +195,7 @@ def _draw_from_candidates(
     keys: UInt32[Array, "R 2"],
 ) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
     """A token of each row, and whether the candidates hold all that truncation leaves."""
-    values, ids = jax.lax.top_k(scaled, min(CANDIDATES, scaled.shape[-1]))
+    values, ids = _top_k(scaled, min(CANDIDATES, scaled.shape[-1]))
     count = values.shape[-1]
     limited = rows.top_k > 0
     kept = values >= floor[:, None]
@@ -205,12 +205,12 @@ def _draw_from_candidates(
     is_all = (limited & (rows.top_k <= count)) | (values[:, -1] < floor) | (count == scaled.shape[-1])
     total = jnp.where(is_all, held, row_sum(_mass(scaled, best, floor)))
     wanted = rows.top_p * total
-    cumulative = jnp.cumsum(mass, axis=-1)
-    kept &= (cumulative - mass < wanted[:, None]) | (rows.top_p >= 1)[:, None]
-    noisy = jnp.where(kept, values + _gumbel(keys, ids.astype(jnp.uint32)), -jnp.inf)
-    chosen = jnp.take_along_axis(ids, jnp.argmax(noisy, axis=-1)[:, None], axis=-1)[:, 0]
+    before = jnp.cumsum(mass, axis=-1) - mass
+    kept = (before < wanted[:, None]) | (rows.top_p >= 1)[:, None]
+    scores = jnp.where(kept, mass, 0.0) / _arrivals(keys, ids.astype(jnp.uint32))
+    chosen = jnp.take_along_axis(ids, jnp.argmax(scores, axis=-1)[:, None], axis=-1)[:, 0]
     fits = is_all | (~limited & (rows.top_p < 1) & (held >= wanted))
-    return chosen.astype(jnp.int32), fits
+    return chosen, fits
 
 
 def _draw_from_all(
@@ -220,15 +220,32 @@ def _draw_from_all(
     rows: SamplingRows,
     keys: UInt32[Array, "R 2"],
 ) -> Int[Array, "R"]:
-    """As `_draw_from_candidates`, over the whole vocabulary, with thresholds instead of ranks."""
-    kept = scaled >= floor[:, None]
-    limit = jnp.where(rows.top_k > 0, rows.top_k, 0).astype(jnp.float32)
-    kept &= scaled >= _threshold(scaled, kept.astype(jnp.float32), limit)[:, None]
-    mass = jnp.where(kept, jnp.exp(scaled - best[:, None]), 0.0)
-    wanted = jnp.where(rows.top_p < 1, rows.top_p * row_sum(mass), 0.0)
-    kept &= scaled >= _threshold(scaled, mass, wanted)[:, None]
+    """As `_draw_from_candidates`, over the whole vocabulary.
+
+    Instead of finding where top_p ends, tokens are taken by descending score until one has less than
+    top_p of the mass above it: of the tokens inside, that one has the best score.
+    """
+    mass = _mass(scaled, best, floor)
+    limit = rows.top_k.astype(jnp.float32)
+    mass = jnp.where(scaled >= _threshold(scaled, jnp.sign(mass), limit)[:, None], mass, 0.0)
+    wanted = jnp.where(rows.top_p < 1, rows.top_p * row_sum(mass), jnp.inf)
     ids = jnp.broadcast_to(jnp.arange(scaled.shape[-1], dtype=jnp.uint32)[None], scaled.shape)
-    return _first_argmax(jnp.where(kept, scaled + _gumbel(keys, ids), -jnp.inf))
+
+    def take(scores: Array) -> tuple[Array, Array]:
+        token = _first_argmax(scores)
+        value = jnp.take_along_axis(scaled, token[:, None], axis=-1)
+        above = row_sum(jnp.where(scaled > value, mass, 0.0))
+        return token, above >= wanted
+
+    def drop(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        scores, token, is_outside = state
+        here = ids == token[:, None].astype(jnp.uint32)
+        scores = jnp.where(here & is_outside[:, None], 0.0, scores)
+        return scores, *take(scores)
+
+    scores = mass / _arrivals(keys, ids)
+    _, token, _ = jax.lax.while_loop(lambda state: jnp.any(state[2]), drop, (scores, *take(scores)))
+    return token
 
 
 def _mass(
@@ -279,8 +296,12 @@ def _keys(rows: SamplingRows, positions: Int[Array, "R"]) -> UInt32[Array, "R 2"
     return jax.vmap(key)(rows.seed, rows.sample_index, positions)
 
 
-def _gumbel(keys: UInt32[Array, "R 2"], ids: UInt32[Array, "R A"]) -> Float[Array, "R A"]:
-    """Standard Gumbel noise of each token id: the same number whichever ids are asked for together."""
+def _arrivals(keys: UInt32[Array, "R 2"], ids: UInt32[Array, "R A"]) -> Float[Array, "R A"]:
+    """Standard exponential noise of each token id: the same number whichever ids are asked for together.
+
+    The token of the largest mass / arrival is that of the largest log mass - log arrival, which is
+    log-probability plus Gumbel noise; this form needs one logarithm less.
+    """
 
     def bits(key: Array, ids: Array) -> Array:
         words = threefry_2x32(key, jnp.concatenate([jnp.zeros_like(ids), ids]))
@@ -288,7 +309,7 @@ def _gumbel(keys: UInt32[Array, "R 2"], ids: UInt32[Array, "R A"]) -> Float[Arra
 
     # 23 bits and a half: never 0 or 1, exact in float32
     uniform = ((jax.vmap(bits)(keys, ids) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
-    return -jnp.log(-jnp.log(uniform))
+    return -jnp.log(uniform)
 
 
 def _first_argmax(x: Float[Array, "R V"]) -> Int[Array, "R"]:
@@ -303,8 +324,18 @@ def _logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"]) -> TokenLogp
     best = logits.max(axis=-1)
     log_total = best + jnp.log(row_sum(jnp.exp(logits - best[:, None])))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_total
-    top, ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
-    return TokenLogprobs(chosen, ids.astype(jnp.int32), top - log_total[:, None])
+    top, ids = _top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    return TokenLogprobs(chosen, ids, top - log_total[:, None])
+
+
+def _top_k(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R A"], Int[Array, "R A"]]:
+    """The largest values of each row, best first, and where they stand.
+
+    The barrier keeps both outputs whole: a slice of one that is merged into the operation makes XLA's CPU
+    backend sort the row, a hundred times slower.
+    """
+    values, ids = jax.lax.optimization_barrier(tuple(jax.lax.top_k(x, count)))
+    return values, ids
 
 
 def _padded(values: np.ndarray, size: int, fill: float) -> Array:

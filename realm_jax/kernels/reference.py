@@ -16,11 +16,13 @@ def row_sum(x: Float[Array, "*lead n"]) -> Float[Array, "*lead"]:
     A plain reduction lets the compiler pick an order that changes with the shape around the row; this
     tree depends on the row alone, and zeros appended to the row do not change it.
     """
-    width = 1 << (x.shape[-1] - 1).bit_length()
-    x = _pad_axis(x, x.ndim - 1, width)
+    width = x.shape[-1]
     while width > 1:
-        width //= 2
-        x = x[..., :width] + x[..., width:]
+        half = 1 << ((width - 1).bit_length() - 1)
+        low, high = x[..., :half], x[..., half:]
+        paired = width - half  # the rest of the lower half meets the zeros past the row's end
+        x = jnp.concatenate([low[..., :paired] + high, low[..., paired:]], axis=-1)
+        width = half
     return x[..., 0]
 
 
