@@ -1,7 +1,7 @@
 """SamplingParams: facts of a request, with vLLM's names and defaults. No JAX: the scheduler reads it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -45,9 +45,7 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stops)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._freeze_collections()
         for name, low, high in _REALS:
             _check_real(name, getattr(self, name), low, high)
         for name, low, high in _INTEGERS:
@@ -55,12 +53,29 @@ class SamplingParams:
         for name in ("seed", "max_tokens", "logprobs"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), *_OPTIONAL[name])
-        if not all(isinstance(stop, str) and stop for stop in stops):
-            raise RequestError("stop has an empty string or a value that is no string; remove it")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+        for stop in self.stop:
+            if not isinstance(stop, str) or not stop:
+                raise RequestError(f"stop has {stop!r}; each must be a string with at least one character")
         _check_token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS)
         _check_token_ids("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
         for token, bias in self.logit_bias.items():
             _check_real(f"logit_bias[{token}]", bias, -100.0, 100.0)
+
+    def _freeze_collections(self) -> None:
+        """What the caller passed is copied: a later change to it changes nothing here."""
+        for name in ("stop", "stop_token_ids"):
+            value: object = getattr(self, name)
+            if isinstance(value, str):
+                value = (value,)
+            if not isinstance(value, Iterable):
+                raise RequestError(f"{name} is {value!r}; it must be a list")
+            object.__setattr__(self, name, tuple(value))
+        bias: object = self.logit_bias
+        if not isinstance(bias, Mapping):
+            raise RequestError(f"logit_bias is {bias!r}; it must map token ids to numbers")
+        object.__setattr__(self, "logit_bias", MappingProxyType(dict(bias)))
 
 
 _REALS = (
