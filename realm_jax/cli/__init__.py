@@ -1,27 +1,33 @@
 """The command `realm`: results on stdout, all else on stderr; exit 0 ok, 1 failed, 2 usage."""
 
+import io
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 import typer
 
 from realm_jax import __version__
 from realm_jax.cli import chat, doctor, generate, inspect, models, tokenize
+from realm_jax.cli.flags import Run, command
 from realm_jax.errors import RealmError, RequestError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 app = typer.Typer(
     name="realm",
     help="Run GGUF language models, compiled by JAX.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: narrower than boxes, and it keeps every word
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("tokenize")(tokenize.tokenize)
-app.command("inspect")(inspect.inspect)
-app.command("doctor")(doctor.doctor)
+app.command("generate")(command(generate.generate))
+app.command("chat")(command(chat.chat))
+app.command("tokenize")(command(tokenize.tokenize))
+app.command("inspect")(command(inspect.inspect))
+app.command("doctor")(command(doctor.doctor))
 app.add_typer(models.app, name="models")
 
 
@@ -38,30 +44,41 @@ def root(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    """Run GGUF language models, compiled by JAX."""
+    """Run GGUF language models, compiled by JAX.
+
+    Example: realm generate "What is the capital of France?" --temperature 0
+    """
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        print(context.get_help(), file=sys.stderr)
         raise typer.Exit(2)
 
 
 def main() -> NoReturn:
     """Run a command line; a user's error is one line and no traceback, unless --verbose."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
+    run = Run()
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, obj=run)
         sys.stdout.flush()
     except typer.TyperException as error:
-        code = _fail(error.format_message(), 2)
+        code = _fail(error.format_message().rstrip(".") + _where_to_look(error), 2)
     except (typer.Abort, KeyboardInterrupt):
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
         # whoever read stdout has left; without this, flushing at exit would complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except RealmError as error:
-        if os.environ.get("REALM_VERBOSE"):
-            raise
+        if run.verbose:
+            traceback.print_exc()
         code = _fail(str(error), 2 if isinstance(error, RequestError) else 1)
     sys.exit(code)
+
+
+def _where_to_look(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    return "" if context is None else f"; see {context.command_path} --help"
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,15 +1,20 @@
 """`realm chat`: a conversation in the terminal."""
 
 import json
+import signal
 import sys
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from realm_jax.cli import options
+from realm_jax.errors import RealmError
 
 if TYPE_CHECKING:
     from realm_jax.cli.session import Status
-    from realm_jax.llm import LLM
+    from realm_jax.llm import LLM, TextDelta
     from realm_jax.params import SamplingParams
 
 HELP = """/help         this list
@@ -20,27 +25,7 @@ Ctrl-C stops an answer."""
 
 
 def chat(
-    model: options.Model = None,
-    system: options.System = None,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repeat_penalty: options.RepeatPenalty = None,
-    presence_penalty: options.PresencePenalty = 0.0,
-    frequency_penalty: options.FrequencyPenalty = 0.0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    ctx_size: options.CtxSize = None,
-    threads: options.Threads = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    weights: options.Weights = "auto",
-    kv_dtype: options.KVDType = "auto",
-    offline: options.Offline = False,
-    config: options.Config = None,
-    verbose: options.Verbose = False,
+    *, system: options.System = None, sampling: options.SamplingFlags, engine: options.EngineFlags
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
 
@@ -49,32 +34,9 @@ def chat(
     from realm_jax.cli.session import Status, open_model, sampling_params
 
     status = Status()
-    llm = open_model(
-        model,
-        status,
-        ctx_size=ctx_size,
-        threads=threads,
-        device=device,
-        dtype=dtype,
-        weights=weights,
-        kv_dtype=kv_dtype,
-        offline=offline,
-        max_num_seqs=1,
-    )
+    llm = open_model(engine, status, max_num_seqs=1)
     llm.model.require_template()
-    params = sampling_params(
-        llm.model.metadata,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repeat_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
+    params = sampling_params(llm.model.metadata, sampling)
     Conversation(llm, params, system, status).run()
 
 
@@ -123,7 +85,7 @@ class Conversation:
                 self._messages = list(self._opening)
                 return "the conversation is forgotten"
             case "/save" if argument:
-                return self._save(Path(argument.strip()))
+                return self._save(Path(argument.strip()).expanduser())
             case _:
                 return f"unknown command {line!r}; /help lists them"
 
@@ -136,21 +98,43 @@ class Conversation:
 
     def _answer(self, line: str) -> None:
         """Stream the answer; what was said before Ctrl-C stays in the conversation."""
-        from realm_jax.errors import RequestError
-
         messages = [*self._messages, {"role": "user", "content": line}]
         said = ""
         try:
-            deltas = self._llm.stream(self._llm.chat_prompt(messages), self._params)
-            try:
+            with _interrupts() as interrupted, closing(self._deltas(messages)) as deltas:
                 for delta in deltas:
                     self._status.clear()
                     said += delta.text
                     print(delta.text, end="", flush=True)
-            except KeyboardInterrupt:
-                deltas.close()  # pyright: ignore[reportAttributeAccessIssue]: a generator; aborts the request
-        except RequestError as error:
-            print(f"error: {error}", file=sys.stderr)
+                    if interrupted.is_set():
+                        break
+        except RealmError as error:
+            print(f"error: {error}; /reset forgets the conversation", file=sys.stderr)
             return
+        finally:
+            self._status.clear()
         print()
         self._messages = [*messages, {"role": "assistant", "content": said}]
+
+    def _deltas(self, messages: list[dict[str, Any]]) -> "Generator[TextDelta, None, None]":
+        yield from self._llm.stream(self._llm.chat_prompt(messages), self._params)
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """The event is set by Ctrl-C, which raises nothing here until it comes a second time.
+
+    The engine hands its buffers to a call and takes them back: an exception between would lose them.
+    """
+    event = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

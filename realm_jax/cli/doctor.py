@@ -7,19 +7,17 @@ from importlib import metadata
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from realm_jax import __version__
 from realm_jax.cli import options
+from realm_jax.cli.text import table
 
 
 def doctor(
+    *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     ctx_size: options.CtxSize = None,
     device: options.Device = "auto",
-    offline: options.Offline = True,
-    verbose: options.Verbose = False,
 ) -> None:
     """Show versions, devices, caches, the default model, and the programs that a run may compile.
 
@@ -53,7 +51,10 @@ def doctor(
     if as_json:
         print(json.dumps(facts))
         return
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), "\n".join(value) if isinstance(value, list) else str(value))
-    Console(soft_wrap=True).print(table)
+    programs = facts.pop("programs")
+    print(table((name.replace("_", " "), _text(value)) for name, value in facts.items()))
+    print(f"\nprograms that a run may compile: {len(programs)}", *programs, sep="\n  ")
+
+
+def _text(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -10,54 +10,41 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from realm_jax.cli import options
+from realm_jax.cli.text import read_text
 from realm_jax.errors import RequestError
 
 if TYPE_CHECKING:
+    from realm_jax.cli.session import Status
     from realm_jax.llm import LLM
     from realm_jax.serving.request import GenerationOutput, TextDelta
 
-EXAMPLE = 'realm generate "What is the capital of France?" --temperature 0 -n 32'
+EXAMPLE = 'realm generate "What is the capital of France?" --temperature 0'
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from stdin.")] = None,
+    *,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - reads it from stdin.", metavar="PROMPT")
+    ] = None,
     prompt_flag: Annotated[
         str | None, typer.Option("-p", "--prompt", help="The prompt, as a flag.", metavar="TEXT")
     ] = None,
     file: Annotated[
         Path | None, typer.Option("-f", "--file", help="A file that holds the prompt.", metavar="FILE")
     ] = None,
-    model: options.Model = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat template.")] = False,
     system: options.System = None,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repeat_penalty: options.RepeatPenalty = None,
-    presence_penalty: options.PresencePenalty = 0.0,
-    frequency_penalty: options.FrequencyPenalty = 0.0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat template.")] = False,
+    sampling: options.SamplingFlags,
+    num_samples: Annotated[int, typer.Option(help="Independent answers.", metavar="N")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: alternatives to report a token.", metavar="N")
     ] = None,
-    num_samples: Annotated[int, typer.Option(help="Independent answers.", metavar="N")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    ctx_size: options.CtxSize = None,
-    threads: options.Threads = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    weights: options.Weights = "auto",
-    kv_dtype: options.KVDType = "auto",
-    offline: options.Offline = False,
-    config: options.Config = None,
-    verbose: options.Verbose = False,
+    engine: options.EngineFlags,
 ) -> None:
     """Answer a prompt. The model's chat template is applied when it has one.
 
-    Example: realm generate "What is the capital of France?" --temperature 0 -n 32
+    Example: realm generate "What is the capital of France?" --temperature 0
     """
     text = _prompt_text(prompt, prompt_flag, file)
     if logprobs is not None and not as_json:
@@ -68,47 +55,22 @@ def generate(
     from realm_jax.cli.session import Status, open_model, sampling_params
 
     status = Status()
-    llm = open_model(
-        model,
-        status,
-        ctx_size=ctx_size,
-        threads=threads,
-        device=device,
-        dtype=dtype,
-        weights=weights,
-        kv_dtype=kv_dtype,
-        offline=offline,
-        max_num_seqs=min(max(num_samples, 1), 16),
-    )
-    params = sampling_params(
-        llm.model.metadata,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repeat_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-        logprobs=logprobs,
-        n=num_samples,
-    )
+    llm = open_model(engine, status, max_num_seqs=min(max(num_samples, 1), 16))
+    params = sampling_params(llm.model.metadata, sampling, logprobs=logprobs, n=num_samples)
     ids = _prompt_ids(llm, text, system, raw)
-    streams_text = not as_json and num_samples == 1
     run = _Run(llm, llm.stream(ids, params), status)
-    for delta in run:
-        if streams_text:
-            print(delta.text, end="", flush=True)
     if as_json:
+        run.finish()
         print(json.dumps(_as_json(run, logprobs is not None), ensure_ascii=False))
         return
-    if not streams_text:
+    if num_samples == 1:
+        for delta in run:
+            print(delta.text, end="", flush=True)
+        print()
+    else:
+        run.finish()
         for i, output in enumerate(run.outputs):
             print(f"--- sample {i + 1}\n{output.text}")
-    else:
-        print()
     print(run.summary(), file=sys.stderr)
 
 
@@ -117,14 +79,10 @@ def _prompt_text(*sources: str | Path | None) -> str:
     given = [source for source in sources if source is not None]
     if len(given) != 1:
         raise RequestError(f"give the prompt once, as argument, with --prompt or with --file; e.g. {EXAMPLE}")
-    if given[0] == "-" or given[0] == Path("-"):
-        return sys.stdin.read()
-    if isinstance(given[0], str):
-        return given[0]
-    try:
-        return given[0].read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--file {given[0]}: {error}") from error
+    text = read_text(given[0])
+    if not text:
+        raise RequestError(f"the prompt is empty; e.g. {EXAMPLE}")
+    return text
 
 
 def _prompt_ids(llm: "LLM", text: str, system: str | None, raw: bool) -> list[int]:
@@ -137,10 +95,15 @@ def _prompt_ids(llm: "LLM", text: str, system: str | None, raw: bool) -> list[in
 class _Run:
     """Deltas as they come, and the timings of the whole."""
 
-    def __init__(self, llm: "LLM", deltas: "Iterator[TextDelta]", status: object) -> None:
+    def __init__(self, llm: "LLM", deltas: "Iterator[TextDelta]", status: "Status") -> None:
         self._llm, self._deltas, self._status = llm, deltas, status
         self.outputs: list[GenerationOutput] = []
         self.timings: dict[str, float] = {}
+
+    def finish(self) -> None:
+        """The run is over and nothing of it was shown."""
+        for _ in self:
+            pass
 
     def __iter__(self) -> "Iterator[TextDelta]":
         """Each delta; after the last one, `outputs` and `timings` stand."""
@@ -150,7 +113,7 @@ class _Run:
         for delta in self._deltas:
             if first is None:
                 first, first_compiled = time.perf_counter(), sum(compiled.values())
-            self._status.clear()  # pyright: ignore[reportAttributeAccessIssue]
+            self._status.clear()
             if delta.output is not None:
                 self.outputs.append(delta.output)
             yield delta

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from realm_jax.cli import options
+from realm_jax.cli.text import size, table
 from realm_jax.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 Reference = Annotated[
     str | None,
     typer.Argument(
-        help="A path, a known name or hf:owner/repo/file.gguf [default: the default model].", metavar="REF"
+        help="A path, a known name or hf:owner/repo/file.gguf.",
+        metavar="REF",
+        show_default="smollm2-135m-instruct",
     ),
 ]
 
 
 def inspect(
+    *,
     reference: Reference = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -31,7 +34,6 @@ def inspect(
         bool, typer.Option("--check", help="Expand every tensor and look for broken values.")
     ] = False,
     offline: options.Offline = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Show a model's architecture, sizes, quantization, memory, tokenizer and template.
 
@@ -59,6 +61,7 @@ def inspect(
 
 def _check(file: "GGUFFile") -> list[Any]:
     """The problems, with progress on stderr."""
+    from rich.console import Console
     from rich.progress import track
 
     from realm_jax import inspection
@@ -73,31 +76,41 @@ def _check(file: "GGUFFile") -> list[Any]:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    console = Console(soft_wrap=True)
-    table = Table(show_header=False, box=None)
-    for key in ("file", "name", "architecture", "layers", "hidden_size", "heads", "kv_heads", "head_dim"):
-        table.add_row(key.replace("_", " "), str(facts[key]))
-    for key in ("ffn_size", "experts", "vocab_size", "context_length", "parameters"):
-        table.add_row(key.replace("_", " "), f"{facts[key]:,}")
-    mix = ", ".join(f"{kind} {_size(nbytes)}" for kind, nbytes in facts["quantization"].items())
-    table.add_row("quantization", mix)
-    table.add_row("file size", _size(facts["file_bytes"]))
-    for dtype, need in facts["memory_bytes"].items():
-        cache = _size(need["cache_per_1024_tokens"])
-        table.add_row(f"memory, {dtype}", f"{_size(need['weights'])} weights, {cache} cache per 1,024 tokens")
-    table.add_row("tokenizer", facts["tokenizer"])
-    table.add_row("chat template", "yes" if facts["chat_template"] else "none (use --raw)")
-    console.print(table)
-    for tensor in facts.get("tensors", ()):
-        shape = " x ".join(map(str, tensor["shape"]))
-        console.print(f"{tensor['name']:40} {tensor['type']:8} {shape:20} {_size(tensor['bytes'])}")
-    if "problems" in facts:
-        for problem in facts["problems"]:
-            console.print(f"{problem['tensor']}: {problem['what']}")
-        console.print(
-            f"{len(facts['problems'])} problems found" if facts["problems"] else "all tensors are sound"
+    print(table((*_rows(facts), *_memory_rows(facts))))
+    if facts.get("tensors"):
+        print()
+        print(
+            table(
+                (t["name"], t["type"], " x ".join(map(str, t["shape"])), size(t["bytes"]))
+                for t in facts["tensors"]
+            )
         )
+    if "problems" in facts:
+        print("\n".join(f"{problem['tensor']}: {problem['what']}" for problem in facts["problems"]))
+        if not facts["problems"]:
+            print("all tensors are sound")
 
 
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "file", f"{facts['file']} ({size(facts['file_bytes'])})"
+    if facts["name"]:
+        yield "name", str(facts["name"])
+    yield "architecture", facts["architecture"]
+    for key in ("parameters", "layers", "hidden_size", "heads", "kv_heads", "head_dim", "ffn_size"):
+        yield key.replace("_", " "), f"{facts[key]:,}"
+    if facts["experts"]:
+        yield "experts", f"{facts['experts']:,}"
+    yield "context length", f"{facts['context_length']:,}"
+    yield "tokenizer", f"{facts['tokenizer']}, {facts['vocab_size']:,} tokens"
+    yield "chat template", "yes" if facts["chat_template"] else "none (use --raw)"
+    mix = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in facts["quantization"].items())
+    yield "quantization", mix
+
+
+def _memory_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a run needs in each arithmetic, and where that is what --dtype auto means."""
+    for dtype, need in facts["memory_bytes"].items():
+        backends = [backend for backend, default in facts["default_dtype"].items() if default == dtype]
+        default = f" (default on {', '.join(backends)})" if backends else ""
+        cache = size(need["cache_per_1024_tokens"])
+        yield f"memory, {dtype}", f"weights {size(need['weights'])}, cache {cache} per 1,024 tokens{default}"

@@ -3,22 +3,23 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from realm_jax.cli import options
+from realm_jax.cli.flags import command
+from realm_jax.cli.text import size, table
 
-app = typer.Typer(help="List, download and locate models.", no_args_is_help=False)
+app = typer.Typer(help="List, download and locate models.", rich_markup_mode=None)
 
 Reference = Annotated[
     str | None,
     typer.Argument(
-        help="A known name or hf:owner/repo/file.gguf [default: the default model].", metavar="REF"
+        help="A known name or hf:owner/repo/file.gguf.", metavar="REF", show_default="smollm2-135m-instruct"
     ),
 ]
 
 
 @app.command("list")
+@command
 def list_models() -> None:
     """List the known models.
 
@@ -26,16 +27,17 @@ def list_models() -> None:
     """
     from realm_jax import hub
 
-    table = Table("name", "size", "licence", "local file")
+    rows = [("NAME", "SIZE", "LICENCE", "LOCAL FILE")]
     for name, model in hub.known_models().items():
-        path = hub.cached_path(name)
         marked = f"{name} (default)" if name == hub.DEFAULT_MODEL else name
-        table.add_row(marked, f"{model.size / 1e6:,.0f} MB", model.licence, str(path or "not downloaded"))
-    Console(soft_wrap=True).print(table)
+        local = str(hub.cached_path(name) or "not downloaded")
+        rows.append((marked, size(model.size), model.licence, local))
+    print(table(rows))
 
 
 @app.command("pull")
-def pull(reference: Reference = None, offline: options.Offline = False) -> None:
+@command
+def pull(*, reference: Reference = None, offline: options.Offline = False) -> None:
     """Download a model, if it is not here, and print its path.
 
     Example: realm models pull smollm2-135m-instruct
@@ -46,7 +48,8 @@ def pull(reference: Reference = None, offline: options.Offline = False) -> None:
 
 
 @app.command("path")
-def path(reference: Reference = None) -> None:
+@command
+def path(*, reference: Reference = None) -> None:
     """Print the local file of a model; an error if it is not downloaded.
 
     Example: realm models path

@@ -1,102 +1,111 @@
-"""Flags that several commands share. Precedence: flag, REALM_* variable, --config file, default."""
+"""Flags that several commands share, in groups: a command takes a group as one parameter."""
 
-import os
-import tomllib
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import typer
-
+from realm_jax.cli.flags import flag
 from realm_jax.errors import RequestError
 
-
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Values of a TOML file become defaults of this command's flags."""
-    if path is None:
-        return None
-    try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RequestError(f"--config {path}: {error}") from error
-    values = {key.replace("-", "_"): value for key, value in values.items()}
-    known = {parameter.name for parameter in context.command.params}
-    if unknown := sorted(values.keys() - known):
-        raise RequestError(f"--config {path}: unknown key {', '.join(unknown)}")
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
-
-
-def _be_verbose(wanted: bool) -> bool:
-    if wanted:
-        os.environ["REALM_VERBOSE"] = "1"
-    return wanted
-
-
-def _option(flags: str, text: str, **settings: object) -> typer.models.OptionInfo:
-    names = flags.split()
-    variable = "REALM_" + max(names, key=len).lstrip("-").replace("-", "_").upper()
-    return typer.Option(*names, help=text, envvar=variable, show_envvar=False, **settings)  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-
 DTypeName = Literal["auto", "bfloat16", "float32"]
+FROM_FILE = "{} or the file's"
 
 Model = Annotated[
     str | None,
-    _option(
+    flag(
         "-m --model",
         "A GGUF path, a known name (realm models list), or hf:owner/repo/file.gguf.",
         metavar="REF",
+        default="smollm2-135m-instruct",
     ),
 ]
+Offline = Annotated[bool, flag("--offline", "Never touch the network.")]
+System = Annotated[str | None, flag("--system", "A system message.", metavar="TEXT")]
 CtxSize = Annotated[
     int | None,
-    _option(
+    flag(
         "-c --ctx-size",
-        "Tokens a sequence may hold [default: the model's context, at most 4096].",
+        "Tokens a sequence may hold.",
         metavar="N",
+        default="the model's context, at most 4096",
     ),
 ]
-Threads = Annotated[int | None, _option("-t --threads", "CPU threads [default: all].", metavar="N")]
-Device = Annotated[Literal["auto", "cpu", "gpu", "tpu"], _option("--device", "Where to run.")]
-DType = Annotated[DTypeName, _option("--dtype", "Arithmetic.")]
-Weights = Annotated[Literal["auto", "dense"], _option("--weights", "Storage of weights.")]
-KVDType = Annotated[DTypeName, _option("--kv-dtype", "Storage of the KV cache.")]
-Offline = Annotated[bool, _option("--offline", "Never touch the network.")]
-Config = Annotated[
-    Path | None,
-    _option(
-        "--config",
-        "A TOML file with values for these flags.",
-        is_eager=True,
-        callback=_read_config,
-        metavar="FILE",
-    ),
-]
-Verbose = Annotated[
-    bool, _option("-v --verbose", "Say more; show tracebacks.", is_eager=True, callback=_be_verbose)
-]
+Device = Annotated[Literal["auto", "cpu", "gpu", "tpu"], flag("--device", "Where to run.")]
 
-Temperature = Annotated[
-    float | None, _option("--temperature", "0 = greedy [default: 0.8, or the file's].", metavar="X")
-]
-TopK = Annotated[int | None, _option("--top-k", "0 = off [default: 40, or the file's].", metavar="N")]
-TopP = Annotated[float | None, _option("--top-p", "1 = off [default: 0.95, or the file's].", metavar="X")]
-MinP = Annotated[float | None, _option("--min-p", "0 = off [default: 0.05, or the file's].", metavar="X")]
-RepeatPenalty = Annotated[
-    float | None, _option("--repeat-penalty", "1 = off [default: 1, or the file's].", metavar="X")
-]
-PresencePenalty = Annotated[float, _option("--presence-penalty", "0 = off.", metavar="X")]
-FrequencyPenalty = Annotated[float, _option("--frequency-penalty", "0 = off.", metavar="X")]
-Seed = Annotated[
-    int | None, _option("-s --seed", "Of the random numbers [default: a new one, printed].", metavar="N")
-]
-MaxTokens = Annotated[
-    int | None,
-    _option(
-        "-n --max-tokens", "Stop after so many [default: at the end token or context's end].", metavar="N"
-    ),
-]
-Stop = Annotated[
-    list[str] | None, _option("--stop", "Text that ends the answer; repeatable.", metavar="TEXT")
-]
-System = Annotated[str | None, _option("--system", "A system message.", metavar="TEXT")]
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How to choose tokens and when to stop: `SamplingParams`, with None where the file may have a hint."""
+
+    max_tokens: Annotated[
+        int | None,
+        flag(
+            "-n --max-tokens",
+            "Stop after so many tokens.",
+            metavar="N",
+            default="an end token or the context's end",
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        flag("--temperature", "0 = greedy.", metavar="X", default=FROM_FILE.format(0.8)),
+    ] = None
+    top_k: Annotated[int | None, flag("--top-k", "0 = off.", metavar="N", default=FROM_FILE.format(40))] = (
+        None
+    )
+    top_p: Annotated[
+        float | None, flag("--top-p", "1 = off.", metavar="X", default=FROM_FILE.format(0.95))
+    ] = None
+    min_p: Annotated[
+        float | None, flag("--min-p", "0 = off.", metavar="X", default=FROM_FILE.format(0.05))
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, flag("--repeat-penalty", "1 = off.", metavar="X", default=FROM_FILE.format(1))
+    ] = None
+    presence_penalty: Annotated[float, flag("--presence-penalty", "0 = off.", metavar="X")] = 0.0
+    frequency_penalty: Annotated[float, flag("--frequency-penalty", "0 = off.", metavar="X")] = 0.0
+    seed: Annotated[
+        int | None,
+        flag("-s --seed", "Of the random numbers.", metavar="N", default="a new one, printed"),
+    ] = None
+    stop: Annotated[
+        list[str] | None, flag("--stop", "Text that ends the answer; repeatable.", metavar="TEXT")
+    ] = None
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """Which model to run, and how: `EngineConfig`, whose names these are."""
+
+    model: Model = None
+    ctx_size: CtxSize = None
+    threads: Annotated[int | None, flag("-t --threads", "CPU threads.", metavar="N", default="all")] = None
+    device: Device = "auto"
+    memory: Annotated[
+        str | None,
+        flag(
+            "--memory",
+            "Refuse to start if weights and caches may need more: 800M, 2.5G.",
+            metavar="SIZE",
+            default="no limit",
+        ),
+    ] = None
+    dtype: Annotated[DTypeName, flag("--dtype", "Arithmetic.")] = "auto"
+    weights: Annotated[Literal["auto", "dense"], flag("--weights", "Storage of weights.")] = "auto"
+    kv_dtype: Annotated[DTypeName, flag("--kv-dtype", "Storage of the KV cache.")] = "auto"
+    offline: Offline = False
+
+
+def memory_bytes(text: str | None) -> int | None:
+    """Bytes of a size such as 800M or 2.5G, in powers of ten; a bare number is bytes."""
+    if text is None:
+        return None
+    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    number = text.strip().upper().removesuffix("B")
+    unit = units.get(number[-1:], 1)
+    try:
+        size = float(number[:-1] if unit > 1 else number) * unit
+        if 1 <= size < 1e18:
+            return int(size)
+    except ValueError:
+        pass
+    raise RequestError(f"--memory is {text!r}; give a size such as 800M or 2.5G")

@@ -1,5 +1,6 @@
 """What every command that runs a model does first: load it with progress, read the file's own hints."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from realm_jax.cli.options import EngineFlags, SamplingFlags, memory_bytes
+from realm_jax.cli.text import size
+from realm_jax.errors import ModelFileError, RequestError
 from realm_jax.llm import LLM
 from realm_jax.params import SamplingParams
 
@@ -34,7 +38,7 @@ class Status:
         if not self._console.is_terminal:
             if self._task is None:
                 self._task = TaskID(0)
-                print(f"loading {total / 1e6:,.0f} MB", file=sys.stderr)
+                print(f"loading {size(total)}", file=sys.stderr)
             return
         if self._progress is None:
             columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -60,18 +64,37 @@ class Status:
             self._spinner.stop()
 
 
-def open_model(model: str | None, status: Status, **config: Any) -> LLM:
+def open_model(flags: EngineFlags, status: Status, *, max_num_seqs: int) -> LLM:
     """The model, loaded with progress on stderr."""
-    llm = LLM(model, on_load=status.loading, on_compile=status.compiling, **config)
-    if llm.model.seconds > 0 and config.get("verbose"):
-        print(f"loaded in {llm.model.seconds:.2f} s", file=sys.stderr)
-    return llm
+    options = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
+    options["memory"] = memory_bytes(flags.memory)
+    return LLM(
+        options.pop("model"),
+        on_load=status.loading,
+        on_compile=status.compiling,
+        max_num_seqs=max_num_seqs,
+        **options,
+    )
 
 
-def sampling_params(metadata: Mapping[str, Any], **flags: Any) -> SamplingParams:
+def sampling_params(metadata: Mapping[str, Any], flags: SamplingFlags, **more: Any) -> SamplingParams:
     """Flags where given, else the file's own hints, else the CLI's defaults."""
-    values = dict(flags)
+    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
+    values["stop"] = tuple(flags.stop or ())
     for name, default in CLI_SAMPLING.items():
-        if values.get(name) is None:
-            values[name] = metadata.get(FILE_SAMPLING[name], default)
-    return SamplingParams(**values)
+        if values[name] is None:
+            values[name] = _hint(metadata, name, default)
+    return SamplingParams(**values, **more)
+
+
+def _hint(metadata: Mapping[str, Any], name: str, default: float) -> Any:
+    """The file's value of a sampling parameter. Raises ModelFileError for one that is out of range."""
+    key = FILE_SAMPLING[name]
+    value = metadata.get(key, default)
+    try:
+        if not isinstance(value, int | float):
+            raise RequestError(f"{name} is {value!r}; it must be a number")
+        SamplingParams(**{name: value})  # pyright: ignore[reportArgumentType]: one of the numbers above
+    except RequestError as error:
+        raise ModelFileError(f"the model file's hint {key}: {error} (a flag overrides it)") from error
+    return value
