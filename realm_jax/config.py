@@ -75,6 +75,11 @@ class ModelConfig:
     post_norms: bool
     moe: MoEConfig | None
 
+    @property
+    def cached_values(self) -> int:
+        """Numbers that the KV cache keeps of one token."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -84,6 +89,7 @@ class EngineConfig:
     dtype: arithmetic. "float32" expands weights, and keeps the KV cache and all products in float32.
     kv_dtype: storage of the cache; "auto" follows `dtype`.
     max_num_seqs: sequences that run at once; further requests wait.
+    memory: bytes that weights and caches may take; None = no limit.
     """
 
     ctx_size: int | None = None
@@ -93,16 +99,17 @@ class EngineConfig:
     max_num_seqs: int = 16
     threads: int | None = None
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    memory: int | None = None
     offline: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise RequestError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-        for name in ("ctx_size", "max_num_seqs", "threads"):
+        for name, limit in _LIMITS.items():
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or not 1 <= value <= 1 << 24):
-                raise RequestError(f"{name} is {value!r}; it must be a whole number from 1 to {1 << 24:,}")
+            if value is not None and (type(value) is not int or not 1 <= value <= limit):
+                raise RequestError(f"{name} is {value!r}; it must be a whole number from 1 to {limit:,}")
 
     @classmethod
     def from_options(cls, **options: object) -> "EngineConfig":
@@ -124,6 +131,7 @@ class EngineConfig:
         return self.ctx_size
 
 
+_LIMITS = {"ctx_size": 1 << 24, "max_num_seqs": 1 << 24, "threads": 1 << 24, "memory": 1 << 60}
 _CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "weights": ("auto", "dense"),
@@ -170,6 +178,11 @@ class Buckets:
             fewer = (r for r in (MIN_ROWS, 16) if r < slots and capacity <= 1024)
             pools.append(Pool(capacity, slots, (*fewer, slots)))
         return cls(chunks=(32, 128, BLOCK), pools=tuple(pools))
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that all slots of all pools hold."""
+        return sum(pool.slots * pool.capacity for pool in self.pools)
 
     def chunk_for(self, tokens: int) -> int:
         """The smallest prefill bucket that holds `tokens`."""

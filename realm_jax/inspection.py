@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from realm_jax.architectures import read_config
+from realm_jax import runtime, weights
+from realm_jax.architectures import parameters, read_config
 from realm_jax.chat import ChatTemplate
 from realm_jax.config import ModelConfig
 from realm_jax.gguf import GGUFFile, TensorInfo
@@ -28,9 +29,10 @@ class Problem:
 
 
 def describe(file: GGUFFile) -> dict[str, Any]:
-    """Facts for a person or a script; raises what loading the model would raise."""
+    """Facts for a person or a script; raises what loading would, short of reading the weights."""
     name = file.path.name
     config = read_config(file.metadata, name)
+    weights.check_tensors(file, parameters(config))
     tokenizer = Tokenizer.from_metadata(file.metadata, name)
     template = ChatTemplate.from_metadata(file.metadata, name)
     mix = Counter[str]()
@@ -55,15 +57,17 @@ def describe(file: GGUFFile) -> dict[str, Any]:
         "tokenizer": tokenizer.kind,
         "chat_template": template is not None,
         "memory_bytes": memory(file, config),
+        "default_dtype": runtime.DTYPES,
     }
 
 
 def memory(file: GGUFFile, config: ModelConfig) -> dict[str, dict[str, int]]:
     """Bytes that a run needs, by arithmetic: the weights, and the cache of 1,024 tokens of one sequence."""
-    values = sum(prod(tensor.shape) for tensor in file.tensors.values())
-    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 1024
     return {
-        dtype: {"weights": values * each, "cache_per_1024_tokens": cached * each}
+        dtype: {
+            "weights": weights.planned_bytes(file, config, dtype),
+            "cache_per_1024_tokens": 1024 * config.cached_values * each,
+        }
         for dtype, each in BYTES.items()
     }
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from realm_jax import gguf, runtime, weights
 from realm_jax.architectures import read_config
 from realm_jax.chat import ChatTemplate
-from realm_jax.config import EngineConfig, ModelConfig
+from realm_jax.config import Buckets, EngineConfig, ModelConfig
+from realm_jax.errors import CapacityError, UnsupportedError
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
 
@@ -42,7 +44,7 @@ def load_model(path: Path, config: EngineConfig, on_progress: LoadProgress | Non
     """The model in the file, its weights on the device.
 
     Raises ModelFileError for a broken file, UnsupportedError for what is not served, RequestError for a
-    configuration that does not fit the model.
+    configuration that does not fit the model, CapacityError where it may need more than `config.memory`.
     """
     start = time.perf_counter()
     dtype, kv_dtype = runtime.resolve_dtype(config)
@@ -51,11 +53,35 @@ def load_model(path: Path, config: EngineConfig, on_progress: LoadProgress | Non
         tokenizer = Tokenizer.from_metadata(file.metadata, path.name)
         template = ChatTemplate.from_metadata(file.metadata, path.name, **_special_texts(tokenizer))
         context = config.context_for(model)
+        _check_budget(file, model, config, context, dtype, kv_dtype)
         params = weights.load(file, model, dtype=dtype, context=context, progress=_counter(file, on_progress))
         metadata = file.metadata
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start
     return LoadedModel(path, model, metadata, params, tokenizer, template, context, dtype, kv_dtype, seconds)
+
+
+def _check_budget(
+    file: gguf.GGUFFile, model: ModelConfig, config: EngineConfig, context: int, dtype: str, kv_dtype: str
+) -> None:
+    """Weights and the caches of all pools fit into `config.memory`.
+
+    What a call computes with, and the sampler's counts, come on top.
+    """
+    if config.memory is None:
+        return
+    if runtime.backend() != "cpu":
+        raise UnsupportedError(
+            f"--memory is for --device cpu; on {runtime.backend()} set XLA_PYTHON_CLIENT_MEM_FRACTION"
+        )
+    tokens = Buckets.plan(context, config.max_num_seqs).cached_tokens
+    caches = tokens * model.cached_values * jnp.dtype(kv_dtype).itemsize
+    planned = weights.planned_bytes(file, model, dtype)
+    if planned + caches > config.memory:
+        raise CapacityError(
+            f"weights take {planned / 1e6:,.1f} MB and the caches up to {caches / 1e6:,.1f} MB; memory is "
+            f"{config.memory / 1e6:,.1f} MB (raise --memory, or lower --ctx-size, now {context:,})"
+        )
 
 
 def _special_texts(tokenizer: Tokenizer) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from typing import Any
 
 import jax
@@ -32,10 +33,10 @@ def load(
     Raises ModelFileError with all missing, extra and mis-shaped tensors before anything is read.
     """
     wanted = parameters(config)
-    _check_tensors(file, wanted)
+    check_tensors(file, wanted)
     present = [p for p in wanted if _is_present(file, p)]
     params: Params = {"rope": _rope_frequencies(file, config, context)}
-    storage = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    storage = _storage(dtype)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         nodes = pool.map(lambda p: _load_parameter(file, p, storage, progress), present)
         for parameter, node in zip(present, nodes, strict=True):
@@ -93,7 +94,7 @@ def _rope_frequencies(file: GGUFFile, config: ModelConfig, context: int) -> dict
     }
 
 
-def _check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
+def check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
     """Raises one error that names every tensor that is missing, extra or of another shape."""
     problems, known = [], set(ROPE_TENSORS)
     for parameter in wanted:
@@ -119,9 +120,28 @@ def _check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
         )
 
 
+def planned_bytes(file: GGUFFile, config: ModelConfig, dtype: str) -> int:
+    """What `resident_bytes` of the loaded params will be."""
+    each = _storage(dtype).itemsize
+    nodes = sum(_planned(file, p, each) for p in parameters(config) if _is_present(file, p))
+    return nodes + sum(4 * (rope.dims // 2) for _, rope in config.ropes)
+
+
+def _planned(file: GGUFFile, p: Parameter, each: int) -> int:
+    if p.is_vector:
+        return 4 * prod(p.parts[0].shape)
+    rows = sum(part.shape[-2] for part in p.parts)
+    is_biased = any(part.name + ".bias" in file.tensors for part in p.parts)
+    return rows * (p.parts[0].shape[-1] * each + 4 * is_biased)
+
+
 def resident_bytes(params: Params) -> int:
     """Bytes of all arrays, a shared one counted once."""
     return sum({id(x): x.nbytes for x in jax.tree.leaves(params)}.values())
+
+
+def _storage(dtype: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
 
 
 def _is_present(file: GGUFFile, p: Parameter) -> bool:
