@@ -1,6 +1,7 @@
 """Seeded mutations of a small GGUF file, and the law that each of them has to keep.
 
-Run as a program, it checks N mutations under a cap on memory: `python tests/mutations.py N [FIRST_SEED]`.
+Run as a program, it checks N mutations under a cap on memory: `python tests/mutations.py LAW N [FIRST_SEED]`,
+where LAW is `container` (open the file, expand every tensor) or `model` (load it whole).
 """
 
 import json
@@ -10,13 +11,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from tiny import write_model
 
-from realm_jax import gguf, quant
+from realm_jax import gguf, inspection, quant, weights
+from realm_jax.config import EngineConfig
 from realm_jax.errors import ModelFileError, UnsupportedError
 from realm_jax.ggml import BLOCK_SIZES
+from realm_jax.loading import load_model
 
 EXTREMES = [0, 1, 2, 3, 7, 8, 9, 77, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32]
 EXTREMES += [2**61 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 8]
@@ -72,35 +77,61 @@ def mutate(source: bytes, seed: int) -> bytes:
     return bytes(result)
 
 
-def check(path: Path) -> str:
-    """What became of the file: the error's name, or "opened" with every tensor readable."""
+def model_file() -> bytes:
+    """A valid llama model with a vocabulary and a chat template."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        return write_model(path, layers=1, width=8, heads=2, kv_heads=1, ffn=8).read_bytes()
+
+
+def open_container(path: Path) -> None:
+    """Every tensor of the file can be expanded."""
+    with gguf.open(path) as file:
+        for name, info in file.tensors.items():
+            data = file.data(name)
+            assert data.nbytes == info.nbytes <= file.nbytes
+            assert quant.dequantize(data, info.ggml_type, info.shape).shape == info.shape
+
+
+def load_whole(path: Path) -> None:
+    """The file gives weights on the device, a tokenizer that encodes, and what `inspect` prints."""
+    model = load_model(path, EngineConfig(dtype="float32"))
+    assert weights.resident_bytes(model.params) > 0
+    model.tokenizer.decode(model.tokenizer.encode("a word"))
+    with gguf.open(path) as file:
+        json.dumps(inspection.describe(file))
+        inspection.check(file)
+
+
+LAWS = {"container": (seed_file, open_container), "model": (model_file, load_whole)}
+
+
+def outcome(attempt: Callable[[Path], None], path: Path) -> str:
+    """What became of the file: the error's name, or "opened"."""
     try:
-        with gguf.open(path) as file:
-            for name, info in file.tensors.items():
-                data = file.data(name)
-                assert data.nbytes == info.nbytes <= file.nbytes
-                assert quant.dequantize(data, info.ggml_type, info.shape).shape == info.shape
+        attempt(path)
     except (ModelFileError, UnsupportedError) as error:
         assert len(str(error).splitlines()) == 1, f"not one line: {error}"
         return type(error).__name__
     return "opened"
 
 
-def run(count: int, first_seed: int = 0) -> dict[str, float]:
+def run(law: str, count: int, first_seed: int = 0) -> dict[str, float]:
     """How many of the mutations ended in which way, and the longest time one took, in seconds."""
-    source = seed_file()
+    make, attempt = LAWS[law]
+    source = make()
     outcomes: Counter[str] = Counter()
     slowest = 0.0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mutation.gguf"
         path.write_bytes(source)
-        assert check(path) == "opened", "the file before its mutation has to be valid"
+        attempt(path)  # the file before its mutation has to be valid
         cap_memory()
         for seed in range(first_seed, first_seed + count):
             path.write_bytes(mutate(source, seed))
             start = time.perf_counter()
             try:
-                outcomes[check(path)] += 1
+                outcomes[outcome(attempt, path)] += 1
             except BaseException as error:
                 error.add_note(f"mutation with seed {seed}")
                 raise
@@ -114,4 +145,4 @@ def cap_memory() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(*map(int, sys.argv[1:]))))
+    print(json.dumps(run(sys.argv[1], *map(int, sys.argv[2:]))))

@@ -269,11 +269,12 @@ def test_a_large_vocabulary_opens_in_half_a_second(tmp_path: Path):
     assert min(seconds) < 0.5
 
 
-def test_mutated_files_end_as_error_or_as_readable_model():
+@pytest.mark.parametrize("law", mutations.LAWS)
+def test_mutated_files_end_as_error_or_as_readable_model(law: str) -> None:
     """Two thousand mutations, in a process of its own whose memory is capped."""
     repository = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(repository)}
-    command = [sys.executable, "-W", "error", str(Path(mutations.__file__)), "2000"]
+    command = [sys.executable, "-W", "error", str(Path(mutations.__file__)), law, "2000"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout)
