@@ -111,7 +111,7 @@ def check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
                 for name, shape in shapes.items()
                 if name in file.tensors and file.tensors[name].shape != shape
             ]
-    problems += [f"{name} is unknown" for name in file.tensors if name not in known]
+    problems += [f"{ascii(name)[1:-1][:100]} is unknown" for name in file.tensors if name not in known]
     problems = list(dict.fromkeys(problems))  # an expert's tensor is named once, not once an expert
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
