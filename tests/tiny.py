@@ -1,5 +1,6 @@
 """Tiny random models, as GGUF files: small enough to compile in seconds, real enough to run every part."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -26,9 +27,11 @@ def write_model(
     qk_norm: bool = False,
     template: str | None = TEMPLATE,
     seed: int = 0,
+    metadata: Mapping[str, int | float | str] | None = None,
 ) -> Path:
     """A model of random float32 weights with an SPM vocabulary of 320 tokens; returns its path.
 
+    metadata: further keys.
     The architecture must name its tensors as llama does: llama, qwen2 (without biases), qwen3 (qk_norm).
     """
     rng = np.random.default_rng(seed)
@@ -45,6 +48,9 @@ def write_model(
     _add_vocabulary(writer)
     if template is not None:
         writer.add_chat_template(template)
+    for key, value in (metadata or {}).items():
+        add = {int: writer.add_int32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(key, value)  # pyright: ignore[reportArgumentType]: each takes its own type
 
     def matrix(name: str, *shape: int) -> None:
         writer.add_tensor(f"{name}.weight", rng.standard_normal(shape, np.float32) * 1.5 / shape[-1] ** 0.5)

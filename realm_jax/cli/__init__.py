@@ -4,7 +4,7 @@ import io
 import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -31,15 +31,15 @@ app.command("doctor")(command(doctor.doctor))
 app.add_typer(models.app, name="models")
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         print(f"realm {__version__}")
         raise typer.Exit()
+    return wanted
 
 
-@app.callback(invoke_without_command=True)
+@app.callback()
 def root(
-    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
@@ -48,9 +48,6 @@ def root(
 
     Example: realm generate "What is the capital of France?" --temperature 0
     """
-    if context.invoked_subcommand is None:
-        print(context.get_help(), file=sys.stderr)
-        raise typer.Exit(2)
 
 
 def main() -> NoReturn:
@@ -62,7 +59,7 @@ def main() -> NoReturn:
         code = app(standalone_mode=False, obj=run)
         sys.stdout.flush()
     except typer.TyperException as error:
-        code = _fail(error.format_message().rstrip(".") + _where_to_look(error), 2)
+        code = _fail(_usage(error), 2)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     except BrokenPipeError:
@@ -76,9 +73,18 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _where_to_look(error: typer.TyperException) -> str:
-    context = getattr(error, "ctx", None)
-    return "" if context is None else f"; see {context.command_path} --help"
+def _usage(error: Any) -> str:
+    """The parser's words, the value that it refused, where that came from, and where to look."""
+    message = error.format_message().rstrip(".")
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if hasattr(error.__cause__, "errors"):  # pydantic's, which does not name the value
+        value = repr(error.__cause__.errors()[0]["input"])
+        message += "" if value in message else f", not {value}"
+    if context is not None and parameter is not None:
+        source = context.get_parameter_source(parameter.name)
+        origins = {"ENVIRONMENT": f" (from {parameter.envvar})", "DEFAULT_MAP": " (from --config)"}
+        message += origins.get(source.name, "") if source else ""
+    return message if context is None else f"{message}; see {context.command_path} --help"
 
 
 def _fail(message: str, code: int) -> int:

@@ -69,12 +69,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _be_verbose(context: typer.Context, wanted: bool) -> bool:
-    context.find_object(Run).verbose = wanted  # pyright: ignore[reportOptionalMemberAccess]: main passes one
+def _be_verbose(context: Any, wanted: bool) -> bool:
+    context.find_object(Run).verbose = wanted
     return wanted
 
 
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+def _read_config(context: Any, path: Path | None) -> Path | None:
     """Values of a TOML file become defaults of this command's flags; other commands' flags are let be."""
     if path is None:
         return None
