@@ -1,5 +1,6 @@
 """A GGUF file on disk -> a model ready to run."""
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,10 +100,12 @@ def _counter(file: gguf.GGUFFile, on_progress: LoadProgress | None) -> weights.P
     if on_progress is None:
         return None
     total, done = sum(tensor.nbytes for tensor in file.tensors.values()), 0
+    one_at_a_time = threading.Lock()  # tensors are read by several threads
 
     def count(nbytes: int) -> None:
         nonlocal done
-        done += nbytes
-        on_progress(done, total)
+        with one_at_a_time:
+            done += nbytes
+            on_progress(done, total)
 
     return count

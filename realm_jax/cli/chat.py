@@ -100,10 +100,11 @@ class Conversation:
         """Stream the answer; what was said before Ctrl-C stays in the conversation."""
         messages = [*self._messages, {"role": "user", "content": line}]
         said = ""
+        self._status.waiting()
         try:
             with _interrupts() as interrupted, closing(self._deltas(messages)) as deltas:
                 for delta in deltas:
-                    self._status.clear()
+                    self._status.answering()
                     said += delta.text
                     print(delta.text, end="", flush=True)
                     if interrupted.is_set():
@@ -112,7 +113,7 @@ class Conversation:
             print(f"error: {error}; /reset forgets the conversation", file=sys.stderr)
             return
         finally:
-            self._status.clear()
+            self._status.answering()
         print()
         self._messages = [*messages, {"role": "assistant", "content": said}]
 

@@ -113,7 +113,7 @@ class _Run:
         for delta in self._deltas:
             if first is None:
                 first, first_compiled = time.perf_counter(), sum(compiled.values())
-            self._status.clear()
+            self._status.answering()
             if delta.output is not None:
                 self.outputs.append(delta.output)
             yield delta

@@ -32,6 +32,7 @@ class Status:
         self._spinner = self._console.status("") if self._console.is_terminal else None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._is_answering = False
 
     def loading(self, done: int, total: int) -> None:
         """Bytes of weights that have been read."""
@@ -47,19 +48,27 @@ class Status:
             self._task = self._progress.add_task("loading", total=total)
         assert self._task is not None
         self._progress.update(self._task, completed=done)
-        if done >= total:
+
+    def loaded(self) -> None:
+        """Nothing of the bar stays on the terminal."""
+        if self._progress is not None:
             self._progress.stop()
 
     def compiling(self, program: str) -> None:
         """A program runs for the first time."""
         if self._spinner is None:
             print(f"compiling {program}", file=sys.stderr)
-            return
-        self._spinner.update(f"compiling {program}")
-        self._spinner.start()
+        elif not self._is_answering:  # a changing line would wipe the line that the answer has begun
+            self._spinner.update(f"compiling {program}")
+            self._spinner.start()
 
-    def clear(self) -> None:
-        """Nothing of the progress stays on the terminal."""
+    def waiting(self) -> None:
+        """Progress may be shown."""
+        self._is_answering = False
+
+    def answering(self) -> None:
+        """Nothing of the progress stays on the terminal, and no more comes: it is the answer's now."""
+        self._is_answering = True
         if self._spinner is not None:
             self._spinner.stop()
 
@@ -68,13 +77,16 @@ def open_model(flags: EngineFlags, status: Status, *, max_num_seqs: int) -> LLM:
     """The model, loaded with progress on stderr."""
     options = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
     options["memory"] = memory_bytes(flags.memory)
-    return LLM(
-        options.pop("model"),
-        on_load=status.loading,
-        on_compile=status.compiling,
-        max_num_seqs=max_num_seqs,
-        **options,
-    )
+    try:
+        return LLM(
+            options.pop("model"),
+            on_load=status.loading,
+            on_compile=status.compiling,
+            max_num_seqs=max_num_seqs,
+            **options,
+        )
+    finally:
+        status.loaded()
 
 
 def sampling_params(metadata: Mapping[str, Any], flags: SamplingFlags, **more: Any) -> SamplingParams:
