@@ -73,7 +73,7 @@ def memory(file: GGUFFile, config: ModelConfig) -> dict[str, dict[str, int]]:
 
 
 def check(file: GGUFFile, on_tensor: Callable[[TensorInfo], object] | None = None) -> list[Problem]:
-    """Every tensor expanded and looked at: values that are not finite, and tensors that are all zero."""
+    """Every tensor expanded and looked at: values not finite or out of range, matrices of zeros."""
     problems = []
     for tensor in file.tensors.values():
         parts = list(_findings(file, tensor))
@@ -82,7 +82,7 @@ def check(file: GGUFFile, on_tensor: Callable[[TensorInfo], object] | None = Non
             problems.append(
                 Problem(tensor.name, f"{broken:,} of {prod(tensor.shape):,} values are not finite")
             )
-        elif not any(largest for _, largest in parts):
+        elif len(tensor.shape) > 1 and not any(largest for _, largest in parts):
             problems.append(Problem(tensor.name, "all values are zero"))
         elif (largest := max(largest for _, largest in parts)) > 1e6:
             problems.append(

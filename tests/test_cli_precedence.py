@@ -32,7 +32,7 @@ class Asked(RequestError):
     """Stops a command where it would start to generate."""
 
 
-def asked(*arguments: object, **options: dict[str, str]) -> tuple[LLM, SamplingParams, Done]:
+def asked(*arguments: object, env: dict[str, str] | None = None) -> tuple[LLM, SamplingParams, Done]:
     """What the command would have run with."""
     seen = []
 
@@ -41,7 +41,7 @@ def asked(*arguments: object, **options: dict[str, str]) -> tuple[LLM, SamplingP
         raise Asked("stopped by the test")
 
     with mock.patch.object(LLM, "stream", stream):
-        done = realm(*arguments, **options)
+        done = realm(*arguments, env=env)
     assert done.error == "stopped by the test", done
     return *seen[0], done
 

@@ -18,7 +18,7 @@ FLOORS = {
     1: {"lora", "quant", "nodes", "kernels", "rope", "cache", "sampling"}
     | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime"},
     2: {"model", "layers", "weights", "architectures"},
-    3: {"loading", "decoding"}
+    3: {"loading", "decoding", "inspection"}
     | {f"serving.{name}" for name in ("scheduler", "request", "tenants", "transcript")},
     4: {"serving.engine"},
     5: {"llm", "research", "training", "evaluation"}

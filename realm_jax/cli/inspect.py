@@ -56,7 +56,8 @@ def inspect(
     else:
         _print(facts)
     if facts.get("problems"):
-        raise ModelFileError(f"{path.name}: {len(facts['problems'])} tensors are broken")
+        count = len(facts["problems"])
+        raise ModelFileError(f"{path.name}: {count} tensor{'s are' if count > 1 else ' is'} broken")
 
 
 def _check(file: "GGUFFile") -> list[Any]:
