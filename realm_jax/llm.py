@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import hub, runtime
-from realm_jax.config import BLOCK, Buckets, EngineConfig
-from realm_jax.decoding import Autoregressive, forward
+from realm_jax.config import Buckets, EngineConfig
+from realm_jax.decoding import Autoregressive
 from realm_jax.errors import RequestError
 from realm_jax.loading import LoadProgress, load_model
 from realm_jax.model import Transformer
 from realm_jax.params import SamplingParams
+from realm_jax.scoring import Score, Scorer
 from realm_jax.serving.engine import Engine
 from realm_jax.serving.request import FinishReason, GenerationOutput, Request, TextDelta
 
@@ -56,6 +56,13 @@ class LLM:
             context=self.model.context,
             vocab=self.model.config.vocab_size,
             on_compile=on_compile,
+        )
+        self.scorer = Scorer(
+            self.transformer,
+            self.model.params,
+            self.engine.buckets,
+            context=self.model.context,
+            kv_dtype=self.model.kv_dtype,
         )
         self._ids = itertools.count()
         self._mailboxes: dict[str, deque[TextDelta]] = {}  # by request
@@ -106,27 +113,39 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [T, V]: row t scores the token that follows the first t + 1."""
-        ids = self._prompt_ids(token_ids)
-        context = self.model.context
-        if not 1 <= len(ids) <= context:
-            raise RequestError(
-                f"{len(ids):,} tokens; give from 1 to the context, {context:,} (raise --ctx-size)"
-            )
-        if (wrong := next((i for i in ids if not 0 <= i < self.model.config.vocab_size), None)) is not None:
-            raise RequestError(f"token id {wrong}; the vocabulary has {self.model.config.vocab_size:,}")
-        buckets = self.engine.buckets
-        capacity = next(pool.capacity for pool in buckets.pools if pool.capacity >= len(ids))
-        caches = self.transformer.empty_caches(1, capacity, jnp.dtype(self.model.kv_dtype))
-        rows = []
-        for start in range(0, len(ids), BLOCK):
-            part = ids[start : start + BLOCK]
-            tokens = np.zeros((1, buckets.chunk_for(len(part))), np.int32)
-            tokens[0, : len(part)] = part
-            scores, caches = forward(
-                self.transformer, self.model.params, caches, jnp.asarray(tokens), jnp.int32(start)
-            )
-            rows.append(np.asarray(scores)[: len(part)])
-        return np.concatenate(rows)
+        return self.scorer.logits(self._prompt_ids(token_ids))
+
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], continuations: Sequence[Prompt] | None = None
+    ) -> list[Score]:
+        """Log-probabilities of each prompt's tokens, or of each prompt's continuation.
+
+        Continuations of one prompt share its computation. Text continues text: what the prompt's tokens
+        are not of both together is the continuation.
+        """
+        batch = _as_batch(prompts)
+        if continuations is None:
+            return [self.scorer.score(self._prompt_ids(prompt)) for prompt in batch]
+        if len(continuations) != len(batch):
+            raise RequestError(f"continuations has {len(continuations)} entries for {len(batch)} prompts")
+        pairs = [self._split(p, c) for p, c in zip(batch, continuations, strict=True)]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, (context, _) in enumerate(pairs):
+            groups.setdefault(context, []).append(i)
+        scores: dict[int, Score] = {}
+        for context, members in groups.items():
+            found = self.scorer.score_continuations(context, [pairs[i][1] for i in members])
+            scores.update(zip(members, found, strict=True))
+        return [scores[i] for i in range(len(pairs))]
+
+    def _split(self, prompt: Prompt, continuation: Prompt) -> tuple[tuple[int, ...], list[int]]:
+        """The tokens of a prompt, and those that the continuation adds."""
+        context = self._prompt_ids(prompt)
+        if isinstance(prompt, str) and isinstance(continuation, str):
+            return tuple(context), self._prompt_ids(prompt + continuation)[len(context) :]
+        if isinstance(continuation, str):
+            return tuple(context), self.tokenizer.encode(continuation, add_special=False, parse_special=True)
+        return tuple(context), self._prompt_ids(continuation)
 
     def _run(self, requests: Sequence[Request]) -> Iterator[TextDelta]:
         """Deltas of these requests until all have ended; leaving early aborts what is left.
@@ -176,4 +195,4 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return batch  # pyright: ignore[reportReturnType]
 
 
-__all__ = ["LLM", "FinishReason", "GenerationOutput", "SamplingParams", "TextDelta"]
+__all__ = ["LLM", "FinishReason", "GenerationOutput", "SamplingParams", "Score", "TextDelta"]

@@ -20,7 +20,7 @@ FLOORS = {
     2: {"model", "layers", "weights", "architectures"},
     3: {"loading", "decoding", "inspection"}
     | {f"serving.{name}" for name in ("scheduler", "request", "tenants", "transcript")},
-    4: {"serving.engine"},
+    4: {"serving.engine", "scoring"},
     5: {"llm", "research", "training", "evaluation"}
     | {f"serving.{name}" for name in ("server", "batch", "keys", "metrics")},
     6: {"cli", "__main__"},
