@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from command_line import ROOT, realm, spawn
+from command_line import ROOT, cache, realm, spawn
 from gguf import GGUFReader
 from tiny import write_model
+from typer.main import get_command
 
 import realm_jax
-from realm_jax import LLM, SamplingParams, gguf, hub
+from realm_jax import LLM, SamplingParams, cli, gguf, hub
 from realm_jax.tokenizer import Tokenizer
 
 KEYS = {
@@ -26,8 +29,14 @@ KEYS = {
 }
 USAGE = {"prompt_tokens", "completion_tokens"}
 TIMINGS = {"load_s", "compile_s", "prefill_s", "decode_s", "prefill_tps", "decode_tps"}
-COMMANDS = ["generate", "chat", "tokenize", "inspect", "doctor"]
-COMMANDS += ["models", "models list", "models pull", "models path"]
+
+
+def commands(group: Any, *above: str) -> Iterator[str]:
+    """What stands after `realm` for every command that there is."""
+    for name, command in group.commands.items():
+        yield " ".join((*above, name))
+        if hasattr(command, "commands"):
+            yield from commands(command, *above, name)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +52,7 @@ def generated(model: Path, *arguments: object, stdin: str = "") -> dict:
     return json.loads(line)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", list(commands(get_command(cli.app))))
 def test_help_has_an_example_and_fits_80_columns(command: str):
     done = realm(*command.split(), "--help", env={"COLUMNS": "80"})
     assert done.code == 0 and done.err == ""
@@ -231,3 +240,23 @@ def test_doctor_describes_this_machine():
     assert 0 < len(facts["programs"]) <= 24
     out = realm("doctor").out
     assert all(program in out for program in facts["programs"]) and facts["cache"] in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+def test_threads_decide_how_many_run():
+    code = """
+import os, sys
+from pathlib import Path
+from realm_jax import runtime
+from realm_jax.config import EngineConfig
+runtime.configure(EngineConfig(threads=int(sys.argv[1])), Path(sys.argv[2]))
+import jax.numpy as jnp
+(jnp.ones((512, 512)) @ jnp.ones((512, 512))).block_until_ready()
+print(len(os.listdir("/proc/self/task")))
+"""
+    command = [sys.executable, "-c", code]
+    counts = [
+        int(subprocess.check_output([*command, str(threads), str(cache())], cwd=ROOT)) for threads in (4, 8)
+    ]
+    assert counts[1] - counts[0] >= 4

@@ -166,9 +166,10 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_the_conversation_goes_on(talk
             screen.type(f"{line}\r")
             screen.wait_for(rf"{line}\n(?!.*compiling).{{3}}")
             screen.type("\x03")
-            screen.wait_for("> ", 20)
-        screen.type("\x03")  # with no answer to stop, it drops the line
-        screen.wait_for("> ", 20)
+            screen.wait_for("\n> $", 20)
+        time.sleep(0.5)  # readline is not waiting yet when its prompt appears
+        screen.type("half a line\x03")  # with no answer to stop, it drops the line
+        screen.wait_for("\n> $", 20)
         screen.type(f"/save {file}\r")
         screen.wait_for("saved 4 messages")
         screen.type("\x04")
