@@ -83,7 +83,7 @@ class LLM:
             raise RequestError(
                 f"params has {len(each)} entries for {len(batch)} prompts; give one, or one each"
             )
-        requests = [self._request(self._prompt_ids(p), one) for p, one in zip(batch, each, strict=True)]
+        requests = [self._request(self.prompt_ids(p), one) for p, one in zip(batch, each, strict=True)]
         outputs = {
             (d.request_id, d.sample_index): d.output for d in self._run(requests) if d.output is not None
         }
@@ -100,7 +100,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
         """The output as it comes; the last delta of each sample carries the whole."""
-        return self._run([self._request(self._prompt_ids(prompt), params)])
+        return self._run([self._request(self.prompt_ids(prompt), params)])
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, up to where the model answers."""
@@ -113,7 +113,7 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [T, V]: row t scores the token that follows the first t + 1."""
-        return self.scorer.logits(self._prompt_ids(token_ids))
+        return self.scorer.logits(self.prompt_ids(token_ids))
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], continuations: Sequence[Prompt] | None = None
@@ -125,7 +125,7 @@ class LLM:
         """
         batch = _as_batch(prompts)
         if continuations is None:
-            return [self.scorer.score(self._prompt_ids(prompt)) for prompt in batch]
+            return [self.scorer.score(self.prompt_ids(prompt)) for prompt in batch]
         if len(continuations) != len(batch):
             raise RequestError(f"continuations has {len(continuations)} entries for {len(batch)} prompts")
         pairs = [self._split(p, c) for p, c in zip(batch, continuations, strict=True)]
@@ -140,12 +140,12 @@ class LLM:
 
     def _split(self, prompt: Prompt, continuation: Prompt) -> tuple[tuple[int, ...], list[int]]:
         """The tokens of a prompt, and those that the continuation adds."""
-        context = self._prompt_ids(prompt)
+        context = self.prompt_ids(prompt)
         if isinstance(prompt, str) and isinstance(continuation, str):
-            return tuple(context), self._prompt_ids(prompt + continuation)[len(context) :]
+            return tuple(context), self.prompt_ids(prompt + continuation)[len(context) :]
         if isinstance(continuation, str):
             return tuple(context), self.tokenizer.encode(continuation, add_special=False, parse_special=True)
-        return tuple(context), self._prompt_ids(continuation)
+        return tuple(context), self.prompt_ids(continuation)
 
     def _run(self, requests: Sequence[Request]) -> Iterator[TextDelta]:
         """Deltas of these requests until all have ended; leaving early aborts what is left.
@@ -176,7 +176,8 @@ class LLM:
         seed = secrets.randbits(32) if params.seed is None else params.seed
         return Request(f"request-{next(self._ids)}", tuple(ids), params, seed)
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """A prompt's tokens: text encoded with special tokens added and parsed, token ids as they are."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
         for i in prompt:

@@ -22,7 +22,7 @@ FLOORS = {
     | {f"serving.{name}" for name in ("scheduler", "request", "tenants", "transcript")},
     4: {"serving.engine", "scoring"},
     5: {"llm", "research", "training", "evaluation"}
-    | {f"serving.{name}" for name in ("server", "batch", "keys", "metrics")},
+    | {f"serving.{name}" for name in ("server", "batch", "bodies", "keys", "metrics")},
     6: {"cli", "__main__"},
 }
 WITHIN_A_FLOOR = {
@@ -37,6 +37,9 @@ WITHIN_A_FLOOR = {
     ("serving.scheduler", "serving.request"),
     ("serving.scheduler", "serving.tenants"),
     ("serving.transcript", "serving.request"),
+    ("serving.batch", "llm"),
+    ("serving.batch", "serving.bodies"),
+    ("serving.bodies", "llm"),
     ("__main__", "cli"),
 } | {(unit, "errors") for unit in FLOORS[0]}
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}

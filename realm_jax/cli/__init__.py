@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import typer
 
 from realm_jax import __version__
-from realm_jax.cli import chat, doctor, generate, inspect, models, perplexity, tokenize
+from realm_jax.cli import batch, chat, doctor, generate, inspect, models, perplexity, tokenize
 from realm_jax.cli.flags import Run, command
 from realm_jax.errors import RealmError, RequestError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("generate")(command(generate.generate))
 app.command("chat")(command(chat.chat))
 app.command("tokenize")(command(tokenize.tokenize))
+app.command("batch")(command(batch.batch))
 app.command("perplexity")(command(perplexity.perplexity))
 app.command("inspect")(command(inspect.inspect))
 app.command("doctor")(command(doctor.doctor))
