@@ -4,12 +4,12 @@ An entry of `ARCHITECTURES` states facts; `read_config` and `parameters` apply t
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from realm_jax.config import Activation, LayerKind, ModelConfig, MoEConfig, RopeConfig
 from realm_jax.errors import ModelFileError, UnsupportedError
+from realm_jax.gguf import GGUFFile
 from realm_jax.metadata import Metadata
 
 
@@ -63,12 +63,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def read_config(metadata: Mapping[str, Any], source: str) -> ModelConfig:
-    """The model's facts.
+def read_config(file: GGUFFile) -> ModelConfig:
+    """The facts of the model in a file.
 
     Raises ModelFileError with every missing or wrong key, UnsupportedError for an unknown architecture.
     """
-    meta = Metadata(metadata, source)
+    source = file.path.name
+    meta = Metadata(file.metadata, source)
     name = meta.architecture
     if name not in ARCHITECTURES:
         raise UnsupportedError(
@@ -77,7 +78,7 @@ def read_config(metadata: Mapping[str, Any], source: str) -> ModelConfig:
     arch = ARCHITECTURES[name]
     heads = meta.count("attention.head_count", 1 << 14)
     hidden = meta.count("embedding_length", 1 << 20)
-    layers = meta.count("block_count", 1 << 12)
+    layers = meta.count("block_count", max(1, len(file.tensors)))  # each layer has tensors
     key_length = meta.count("attention.key_length", 1 << 14, default=_head_dim(hidden, heads, meta))
     if meta.count("attention.value_length", 1 << 14, default=key_length) != key_length:
         raise UnsupportedError(f"{source}: attention.value_length differs from key_length {key_length}")
@@ -122,7 +123,7 @@ def _head_dim(hidden: int, heads: int, meta: Metadata) -> int:
 
 
 def _moe(arch: Architecture, meta: Metadata) -> MoEConfig | None:
-    experts = meta.count("expert_count", 1 << 12, default=0)
+    experts = meta.count("expert_count", 1 << 10, default=0)
     if not experts:
         return None
     if not arch.experts:

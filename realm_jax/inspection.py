@@ -31,7 +31,7 @@ class Problem:
 def describe(file: GGUFFile) -> dict[str, Any]:
     """Facts for a person or a script; raises what loading would, short of reading the weights."""
     name = file.path.name
-    config = read_config(file.metadata, name)
+    config = read_config(file)
     weights.check_tensors(file, parameters(config))
     tokenizer = Tokenizer.from_metadata(file.metadata, name)
     template = ChatTemplate.from_metadata(file.metadata, name)

@@ -50,12 +50,19 @@ def load_model(path: Path, config: EngineConfig, on_progress: LoadProgress | Non
     start = time.perf_counter()
     dtype, kv_dtype = runtime.resolve_dtype(config)
     with gguf.open(path) as file:
-        model = read_config(file.metadata, path.name)
+        model = read_config(file)
         tokenizer = Tokenizer.from_metadata(file.metadata, path.name)
         template = ChatTemplate.from_metadata(file.metadata, path.name, **_special_texts(tokenizer))
         context = config.context_for(model)
         _check_budget(file, model, config, context, dtype, kv_dtype)
-        params = weights.load(file, model, dtype=dtype, context=context, progress=_counter(file, on_progress))
+        params = weights.load(
+            file,
+            model,
+            dtype=dtype,
+            context=context,
+            threads=config.threads,
+            progress=_counter(file, on_progress),
+        )
         metadata = file.metadata
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start

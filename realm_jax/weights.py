@@ -25,7 +25,13 @@ ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 
 
 def load(
-    file: GGUFFile, config: ModelConfig, *, dtype: str, context: int, progress: Progress | None = None
+    file: GGUFFile,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    context: int,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Params:
     """The model's params, projections dense in `dtype` ("float32" or "bfloat16").
 
@@ -37,7 +43,7 @@ def load(
     present = [p for p in wanted if _is_present(file, p)]
     params: Params = {"rope": _rope_frequencies(file, config, context)}
     storage = _storage(dtype)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         nodes = pool.map(lambda p: _load_parameter(file, p, storage, progress), present)
         for parameter, node in zip(present, nodes, strict=True):
             _put(params, parameter.path, node)
@@ -103,7 +109,7 @@ def check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
             shapes = {weight: part.shape}
             if not parameter.is_vector and part.expert is None:
                 shapes[bias] = part.shape[:1]
-            known |= shapes.keys()
+            known.update(shapes)
             if weight not in file.tensors and not parameter.optional:
                 problems.append(f"{weight} is missing")
             problems += [

@@ -42,7 +42,7 @@ def rewrite(source: Path, target: Path, *, drop: str = "", extra: str = "", resh
 
 def load(path: Path) -> weights.Params:
     with gguf.open(path) as file:
-        return weights.load(file, read_config(file.metadata, path.name), dtype="float32", context=256)
+        return weights.load(file, read_config(file), dtype="float32", context=256)
 
 
 def test_every_problem_is_named_at_once(tiny_model: Path, tmp_path: Path) -> None:
@@ -91,9 +91,7 @@ def test_a_tied_head_is_held_once(fixtures: Path) -> None:
 def test_parameters_are_the_files_tensors(tmp_path: Path, architecture: str) -> None:
     path = write_model(tmp_path / "m.gguf", architecture=architecture, qk_norm=architecture == "qwen3")
     with gguf.open(path) as file:
-        named = [
-            part.name + ".weight" for p in parameters(read_config(file.metadata, "m")) for part in p.parts
-        ]
+        named = [part.name + ".weight" for p in parameters(read_config(file)) for part in p.parts]
         assert sorted(named) == sorted(file.tensors)
 
 
