@@ -43,13 +43,9 @@ def test_ids_and_texts_of_the_extra_file(fixtures: Path, name: str):
         assert tokenizer.decode(entry["ids_special_parse"], skip_special=True) == entry["detok_plain"], text
 
 
-def test_the_default_model(fixtures: Path):
-    from realm_jax import hub
+def test_the_default_model(fixtures: Path, default_model: Path):
 
-    path = hub.cached_path()
-    if path is None:
-        pytest.skip("the default model is not in the cache (realm models pull)")
-    tokenizer = Tokenizer.from_gguf(path)
+    tokenizer = Tokenizer.from_gguf(default_model)
     expected = json.loads((fixtures / "smollm2" / "expected-Q4_1-dequant-f32.json").read_text())
     for prompt in expected["prompts"]:
         assert tokenizer.encode(prompt["prompt"], parse_special=True) == prompt["tokens"]
