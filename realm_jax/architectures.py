@@ -12,6 +12,8 @@ from realm_jax.errors import ModelFileError, UnsupportedError
 from realm_jax.gguf import GGUFFile
 from realm_jax.metadata import Metadata
 
+MAX_EXPERTS = 1 << 15  # of all layers; each is an entry of the params tree before a tensor is looked at
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -30,6 +32,7 @@ class Architecture:
     post_norms: bool = False
     scaled_embedding: bool = False
     window_pattern: int | None = None
+    window: int = 0  # where no key says; 0 = no window
     local_rope_base: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -46,6 +49,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         post_norms=True,
         scaled_embedding=True,
         window_pattern=2,
+        window=4096,
         attention_softcap=50.0,
         logit_softcap=30.0,
         scale_by_width=(46,),
@@ -130,13 +134,19 @@ def _moe(arch: Architecture, meta: Metadata) -> MoEConfig | None:
         raise UnsupportedError(
             f"{meta.source}: {meta.architecture}.expert_count is {experts}; 0 is supported"
         )
+    layers = meta.count("block_count", 1 << 12)
+    if experts * layers > MAX_EXPERTS:
+        raise ModelFileError(
+            f"{meta.source}: {meta.architecture}.expert_count {experts:,} in {layers:,} layers; "
+            f"the limit is {MAX_EXPERTS:,} in all"
+        )
     return MoEConfig(experts, meta.count("expert_used_count", experts))
 
 
 def _layer_kinds(arch: Architecture, meta: Metadata, layers: int) -> tuple[LayerKind, ...]:
     if arch.window_pattern is None:
         return (LayerKind(),) * layers
-    window = meta.count("attention.sliding_window", 1 << 28, default=0)
+    window = meta.count("attention.sliding_window", 1 << 28, default=arch.window)
     if not window:
         return (LayerKind(),) * layers
     local = LayerKind(window, "local" if arch.local_rope_base else "global")
@@ -183,6 +193,7 @@ class Parameter:
     parts: tuple[Part, ...]
     is_vector: bool = False
     optional: bool = False
+    has_bias: bool = False  # one that must be there; others may
 
 
 def parameters(config: ModelConfig) -> list[Parameter]:
@@ -212,7 +223,9 @@ def _layer_parameters(c: ModelConfig, index: int) -> Iterator[Parameter]:
     yield norm("attention_norm", "attn_norm")
     separate = (part("attn_q", q, D), part("attn_k", kv, D), part("attn_v", kv, D))
     yield Parameter(
-        at("attention", "qkv", "kernel"), (part("attn_qkv", q + 2 * kv, D),) if arch.fused else separate
+        at("attention", "qkv", "kernel"),
+        (part("attn_qkv", q + 2 * kv, D),) if arch.fused else separate,
+        has_bias=arch.biased,
     )
     if c.qk_norm:
         yield norm("attention/q_norm", "attn_q_norm", c.head_dim)

@@ -58,9 +58,13 @@ def _take(x: Array, first: Int[Array, ""], rows: int) -> Array:
 
 
 def _encode(x: Array, storage: jnp.dtype) -> Array:
-    if storage != jnp.uint16:
-        return x.astype(storage)
-    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    """The numbers as they are stored; none is infinite or NaN.
+
+    What a slot held before is masked by a weight of 0, and 0 * NaN would reach its next sequence.
+    """
+    kept = x.astype(jnp.bfloat16 if storage == jnp.uint16 else storage)
+    kept = jnp.where(jnp.isfinite(kept), kept, jnp.zeros((), kept.dtype))
+    return jax.lax.bitcast_convert_type(kept, jnp.uint16) if storage == jnp.uint16 else kept
 
 
 def _decode(x: Array) -> Array:

@@ -162,6 +162,7 @@ class Buckets:
 
     chunks: tuple[int, ...]  # tokens in a prefill call
     pools: tuple[Pool, ...]  # by growing capacity; a sequence moves up by one copy
+    max_num_seqs: int = 1 << 10  # sequences that run at once, in all pools together
 
     @classmethod
     def plan(cls, context: int, max_num_seqs: int) -> "Buckets":
@@ -177,7 +178,7 @@ class Buckets:
             slots = max(min(max_num_seqs, max_num_seqs * 1024 // capacity), MIN_ROWS)
             fewer = (r for r in (MIN_ROWS, 16) if r < slots and capacity <= 1024)
             pools.append(Pool(capacity, slots, (*fewer, slots)))
-        return cls(chunks=(32, 128, BLOCK), pools=tuple(pools))
+        return cls(chunks=(32, 128, BLOCK), pools=tuple(pools), max_num_seqs=max_num_seqs)
 
     @property
     def cached_tokens(self) -> int:

@@ -132,7 +132,8 @@ class MoE(nn.Module):
             mine = row_sum(jnp.where(chosen == e, share, 0.0))[..., None]
             out = out + jax.lax.cond(
                 jnp.any(mine > 0),
-                lambda m=mine, n=expert, p=params: m * n.apply(p, x),
+                # not m * ...: where the expert overflows, 0 * inf would reach rows that did not choose it
+                lambda m=mine, n=expert, p=params: jnp.where(m > 0, m * n.apply(p, x), 0.0),
                 lambda: jnp.zeros_like(x),
             )
         return out

@@ -161,7 +161,8 @@ class LLM:
             while waiting:
                 while not mailbox:
                     for delta in self.engine.step():
-                        self._mailboxes[delta.request_id].append(delta)
+                        if delta.request_id in self._mailboxes:  # else one that was lost and is left
+                            self._mailboxes[delta.request_id].append(delta)
                 delta = mailbox.popleft()
                 if delta.output is not None:
                     waiting.discard((delta.request_id, delta.sample_index))
@@ -180,6 +181,8 @@ class LLM:
         """A prompt's tokens: text encoded with special tokens added and parsed, token ids as they are."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
+        if not isinstance(prompt, Sequence | np.ndarray):
+            raise RequestError(f"prompt is of type {type(prompt).__name__}; give text or token ids")
         for i in prompt:
             if isinstance(i, bool) or not isinstance(i, int | np.integer):
                 raise RequestError(f"prompt has {i!r}; token ids are whole numbers")
@@ -190,10 +193,14 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts; a string or a list of token ids is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
-    batch = list(prompts)
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise RequestError(
+            f"prompts is of type {type(prompts).__name__}; give text, token ids or a list of them"
+        )
+    batch: list[Any] = list(prompts)
     if batch and all(isinstance(item, int | np.integer) for item in batch):
-        return [batch]  # pyright: ignore[reportReturnType]: a list of ints is one prompt
-    return batch  # pyright: ignore[reportReturnType]
+        return [batch]
+    return batch
 
 
 __all__ = ["LLM", "FinishReason", "GenerationOutput", "SamplingParams", "Score", "TextDelta"]

@@ -29,6 +29,15 @@ class Metadata:
             raise ModelFileError(f"{self.source}: required key {name} is missing")
         return name, value
 
+    def scalar(self, key: str, default: Any) -> Any:
+        """The value of an optional key; an array or a list is an error."""
+        value = self._all.get(f"{self.architecture}.{key}", default)
+        if isinstance(value, np.ndarray | list):
+            raise ModelFileError(
+                f"{self.source}: {self.architecture}.{key} is {_shown(value)}; it must be a single value"
+            )
+        return value
+
     def count(self, key: str, most: int, *, default: int | None = None) -> int:
         """A whole number from 1 (or 0, where that is the default) to `most`.
 
@@ -43,21 +52,23 @@ class Metadata:
             value = value[0].item()
         least = 0 if default == 0 else 1
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ModelFileError(f"{self.source}: {name} is {value!r}; it must be from {least} to {most:,}")
+            raise ModelFileError(
+                f"{self.source}: {name} is {_shown(value)}; it must be from {least} to {most:,}"
+            )
         return value
 
     def real(self, key: str, *, default: float | None = None, above: float) -> float:
         """A finite number greater than `above`."""
         name, value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ModelFileError(f"{self.source}: {name} is {value!r}; it must be a finite number")
-        if value <= above:
-            raise ModelFileError(f"{self.source}: {name} is {value!r}; it must be above {above:g}")
+            raise ModelFileError(f"{self.source}: {name} is {_shown(value)}; it must be a finite number")
+        if not max(above, 1e-30) <= value <= 1e30 or value == above:  # float32 holds what comes of it
+            raise ModelFileError(f"{self.source}: {name} is {_shown(value)}; it must be above {above:g}")
         return float(value)
 
     def softcap(self, key: str, default: float | None) -> float | None:
         """A cap on scores; None or a file's 0 = no cap."""
-        if self.has(key) and self._all[f"{self.architecture}.{key}"] == 0:
+        if self.scalar(key, default) == 0:
             return None
         if default is None and not self.has(key):
             return None
@@ -66,7 +77,7 @@ class Metadata:
     def rope_scaling(self) -> tuple[Literal["none", "linear", "yarn"], float]:
         """How rope is scaled and by what; a factor without a type means linear."""
         key = "rope.scaling.type"
-        kind = self._all.get(f"{self.architecture}.{key}", "linear")
+        kind = self.scalar(key, "linear")
         old = self.real("rope.scale_linear", default=1.0, above=0.0)
         factor = self.real("rope.scaling.factor", default=old, above=0.0)
         if kind not in ("none", "linear", "yarn", "longrope"):
@@ -98,3 +109,11 @@ class Metadata:
         if not isinstance(tokens, list) or not tokens:
             raise ModelFileError(f"{self.source}: tokenizer.ggml.tokens is no list of strings")
         return len(tokens)
+
+
+def _shown(value: Any) -> str:
+    """A short, one-line form of any value."""
+    if isinstance(value, np.ndarray | list):
+        return f"an array of {len(value):,} values"
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Any
 
 from realm_jax.errors import RequestError
 
@@ -76,6 +77,15 @@ class SamplingParams:
         if not isinstance(bias, Mapping):
             raise RequestError(f"logit_bias is {bias!r}; it must map token ids to numbers")
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(bias)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied field by field: a mapping proxy cannot be."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return type(self), tuple(dict(v) if isinstance(v, MappingProxyType) else v for v in values)
+
+    def __hash__(self) -> int:
+        values = (getattr(self, f.name) for f in fields(self))
+        return hash(tuple(frozenset(v.items()) if isinstance(v, Mapping) else v for v in values))
 
 
 _REALS = (

@@ -102,7 +102,8 @@ def _rope_frequencies(file: GGUFFile, config: ModelConfig, context: int) -> dict
 
 def check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
     """Raises one error that names every tensor that is missing, extra or of another shape."""
-    problems, known = [], set(ROPE_TENSORS)
+    problems: list[str] = []
+    known: set[str] = set(ROPE_TENSORS)
     for parameter in wanted:
         for part in parameter.parts:
             weight, bias = part.name + ".weight", part.name + ".bias"
@@ -110,8 +111,10 @@ def check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
             if not parameter.is_vector and part.expert is None:
                 shapes[bias] = part.shape[:1]
             known.update(shapes)
-            if weight not in file.tensors and not parameter.optional:
-                problems.append(f"{weight} is missing")
+            required = {weight: not parameter.optional, bias: parameter.has_bias}
+            problems += [
+                f"{name} is missing" for name in shapes if required[name] and name not in file.tensors
+            ]
             problems += [
                 f"{name} is {list(file.tensors[name].shape)}, expected {list(shape)}"
                 for name, shape in shapes.items()

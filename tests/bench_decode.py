@@ -64,9 +64,7 @@ def product_seconds(llm: LLM, rows: int) -> float:
     x = jnp.ones((max(rows, MIN_ROWS), llm.model.config.hidden_size), jnp.float32)
     jax.block_until_ready(products(llm.model.params, x))
     start = time.perf_counter()
-    for _ in range(STEPS):
-        x_out = products(llm.model.params, x)
-    jax.block_until_ready(x_out)
+    jax.block_until_ready([products(llm.model.params, x) for _ in range(STEPS)])
     return (time.perf_counter() - start) / STEPS
 
 

@@ -3,13 +3,14 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import count_compilations
 from tiny import VOCAB, write_model
 
-from realm_jax import LLM, RequestError, SamplingParams
+from realm_jax import LLM, RequestError, SamplingParams, gguf
 from realm_jax.serving.request import FinishReason, GenerationOutput, Request
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=3)
@@ -243,3 +244,55 @@ def test_chat(llm: LLM) -> None:
     ids = llm.tokenizer.encode(text, add_special=False, parse_special=True)
     assert output.prompt_token_ids == [llm.tokenizer.bos_id, *ids]
     assert said(llm.generate([output.prompt_token_ids], GREEDY)[0]) == said(output)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_failed_step_harms_no_later_request(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """Whatever a step raises, before or after it took the state: others end as aborted, new ones run."""
+    llm = LLM(tiny_model, max_num_seqs=4)
+    expected = said(llm.generate("after", GREEDY)[0])
+    other = llm.stream("other", GREEDY)
+    next(other)
+    strategy = type(llm.engine._strategy)
+    real = strategy.step
+
+    def failing(*arguments: Any) -> object:
+        if not before:
+            real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(strategy, "step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("failing", GREEDY)
+    assert list(other)[-1].output.finish_reason is FinishReason.ABORT  # pyright: ignore[reportOptionalMemberAccess]
+    assert said(llm.generate("after", GREEDY)[0]) == expected
+    assert llm.engine.warmup() > 0
+
+
+def test_nan_stays_in_its_sequence(tmp_path: Path) -> None:
+    """A sequence whose numbers are NaN leaves nothing behind in its slot."""
+    path = write_model(tmp_path / "nan.gguf")
+    data = bytearray(path.read_bytes())
+    with gguf.open(path) as file:
+        info = file.tensors["token_embd.weight"]
+        row = bytes(file.data(info.name)[-info.nbytes // VOCAB :])
+    at = data.index(row)
+    data[at : at + len(row)] = np.full(len(row) // 4, np.nan, np.float32).tobytes()
+    path.write_bytes(data)
+    for dtype in ("float32", "bfloat16"):
+        llm = LLM(path, dtype=dtype, max_num_seqs=1)
+        clean = said(llm.generate([[5, 6, 7]], GREEDY)[0])
+        llm.generate([[VOCAB - 1] * 40], GREEDY)
+        assert said(llm.generate([[5, 6, 7]], GREEDY)[0]) == clean
+
+
+def test_max_num_seqs_is_kept(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, max_num_seqs=2)
+    for i in range(5):
+        llm.engine.add_request(Request(f"{i}", (5,) * (100 * i + 1), GREEDY, seed=i))
+    while llm.engine.has_work:
+        llm.engine.step()
+        assert len(list(llm.engine.scheduler._running())) <= 2

@@ -32,7 +32,7 @@ def write_model(
     """A model of random float32 weights with an SPM vocabulary of 320 tokens; returns its path.
 
     metadata: further keys.
-    The architecture must name its tensors as llama does: llama, qwen2 (without biases), qwen3 (qk_norm).
+    The architecture must name its tensors as llama does: llama, qwen3 (qk_norm).
     """
     rng = np.random.default_rng(seed)
     head_dim = width // heads

@@ -12,7 +12,7 @@ import numpy as np
 
 from realm_jax.config import Buckets, decode_name, move_name, prefill_name
 from realm_jax.decoding import DecodeState, PrefillChunk, StepOutput, Strategy, move
-from realm_jax.errors import RequestError
+from realm_jax.errors import CapacityError, RequestError
 from realm_jax.sampling import SamplingRows
 from realm_jax.serving.request import FinishReason, Request, Sequence, TextDelta
 from realm_jax.serving.scheduler import Decode, Move, Plan, Prefill, Scheduler
@@ -60,10 +60,11 @@ class Engine:
         self._states: dict[int, DecodeState] = {}  # by pool, made when first used
         self._in_flight: deque[_InFlight] = deque()
         self._transcripts: dict[str, list[Transcript]] = {}  # by request
+        self._lost: list[TextDelta] = []  # ends of the sequences that a failed step took with it
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._in_flight)
+        return self.scheduler.has_work or bool(self._lost)
 
     def add_request(self, request: Request) -> None:
         """The request runs with the next steps. Raises RequestError if it cannot be served."""
@@ -83,7 +84,27 @@ class Engine:
         return ended
 
     def step(self) -> list[TextDelta]:
-        """Give the device its next call, and return what the call before it produced."""
+        """Give the device its next call, and return what the call before it produced.
+
+        Whatever this raises ends all sequences: donated state is gone, and nobody knows which tokens were
+        made. The next step returns their ends, as aborted; requests added later run as in a new engine.
+        """
+        if self._lost:
+            lost, self._lost = self._lost, []
+            return lost
+        try:
+            return self._step()
+        except BaseException:
+            self._lose_all()
+            raise
+
+    def _lose_all(self) -> None:
+        self._in_flight.clear()
+        self._states.clear()
+        for request_id in list(self._transcripts):
+            self._lost += self.abort(request_id)
+
+    def _step(self) -> list[TextDelta]:
         plan = self.scheduler.schedule()
         if plan is not None:
             self._run(plan)
@@ -98,6 +119,7 @@ class Engine:
         """
         if self.has_work:
             raise RequestError("warmup needs an idle engine; finish or abort the running requests")
+        self._in_flight.clear()  # steps past the end of sequences that have ended
         row = SamplingRows.greedy(1, self._vocab)
         for i, pool in enumerate(self.buckets.pools):
             for bucket in self.buckets.chunks:
@@ -168,7 +190,14 @@ class Engine:
 
     def _state(self, pool: int) -> DecodeState:
         if pool not in self._states:
-            self._states[pool] = self._strategy.empty_state(self.buckets.pools[pool])
+            shape = self.buckets.pools[pool]
+            try:
+                self._states[pool] = jax.block_until_ready(self._strategy.empty_state(shape))
+            except jax.errors.JaxRuntimeError as error:
+                raise CapacityError(
+                    f"no memory for the caches of {shape.slots} sequences of {shape.capacity:,} tokens "
+                    f"(lower --ctx-size or max_num_seqs): {str(error).splitlines()[0]}"
+                ) from error
         return self._states[pool]
 
     def _commit(self, call: _InFlight) -> list[TextDelta]:
@@ -191,7 +220,6 @@ class Engine:
         text = transcript.push(taken)
         if transcript.met_stop_string:
             self.scheduler.finish(sequence, FinishReason.STOP)
-            sequence.finish_reason = FinishReason.STOP  # also where its last token was the last allowed
         delta = transcript.delta(text, taken)
         if sequence.finish_reason is not None:
             self._forget(sequence.request.id)

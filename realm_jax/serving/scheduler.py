@@ -144,7 +144,7 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """The first waiting sequence, in the smallest pool that holds its prompt and one token more."""
-        if not self._waiting:
+        if not self._waiting or sum(1 for _ in self._running()) >= self.buckets.max_num_seqs:
             return None
         needed = self._waiting[0].prompt_length + 1
         fitting = (i for i, pool in enumerate(self.buckets.pools) if pool.capacity >= needed)

@@ -59,6 +59,8 @@ class Transcript:
         if self.sequence.finish_reason is None:
             return TextDelta(request.id, self.sequence.sample_index, text, tokens)
         text += self._text.finish()
+        if self.met_stop_string:  # even where its last token was the last allowed
+            self.sequence.finish_reason = FinishReason.STOP
         return TextDelta(request.id, self.sequence.sample_index, text, tokens, self._output())
 
     def _output(self) -> GenerationOutput:

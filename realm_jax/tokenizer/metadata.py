@@ -11,6 +11,9 @@ from realm_jax.errors import ModelFileError
 MAX_TOKENS = 1 << 24
 MAX_TOKEN_CHARACTERS = 4096
 
+NO_TOKEN = 2**32 - 1  # -1 as some converters wrote it: the model has no such token
+NEEDED = (".bos_token_id", ".eos_token_id")
+
 
 @dataclass(frozen=True)
 class Metadata:
@@ -43,6 +46,8 @@ class Metadata:
             return None
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise self.error(key, f"is {_shown(value)}; it must be a token id")
+        if value == NO_TOKEN and not key.endswith(NEEDED):
+            return None
         if not 0 <= value < vocab_size:
             raise self.error(key, f"is {value}; the vocabulary has {vocab_size:,} tokens")
         return int(value)

@@ -96,7 +96,7 @@ def read_vocabulary(meta: Metadata) -> Vocabulary:
     if model not in FAMILIES:
         raise UnsupportedError(
             f"{meta.source}: tokenizer.ggml.model is {model or 'missing'!r}; "
-            f"supported are {', '.join(FAMILIES)} (token ids can be used without a tokenizer)"
+            f"supported are {', '.join(FAMILIES)}"
         )
     family = FAMILIES[model]
     pre, pretokenizer = _read_pretokenizer(meta, model)
@@ -142,8 +142,7 @@ def _read_pretokenizer(meta: Metadata, model: str) -> tuple[str | None, PreToken
     pre = "gemma4" if model == "gemma4" else meta.text("tokenizer.ggml.pre") or "default"
     if pre not in PRETOKENIZERS:
         raise UnsupportedError(
-            f"{meta.source}: tokenizer.ggml.pre is {pre!r}, a pre-tokenizer this version does not know "
-            "(token ids can be used without a tokenizer)"
+            f"{meta.source}: tokenizer.ggml.pre is {pre!r}, a pre-tokenizer this version does not know"
         )
     return pre, PRETOKENIZERS[pre]
 
