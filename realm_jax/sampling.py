@@ -14,13 +14,19 @@ from flax import struct
 from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from realm_jax.kernels import row_sum
+from realm_jax.kernels import first_argmax, row_sum, threshold, top_k
 from realm_jax.params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, SamplingParams
 
 __all__ = ["SamplingParams", "SamplingRows", "TokenCounts", "TokenLogprobs", "sample"]
 
 CANDIDATES = 256
 """Truncated sampling looks at so many best tokens, and at all only where a row needs more."""
+
+STOP_SLOTS = MAX_STOP_TOKENS + 32
+"""A request's own stop tokens and the model's end tokens, of which the tokenizer knows fewer than 32."""
+
+GROUP = 4
+"""So many of the rows that need the whole vocabulary are drawn together."""
 
 
 @struct.dataclass
@@ -38,7 +44,7 @@ class SamplingRows:
     sample_index: jax.Array  # [R]
     bias_ids: jax.Array  # [R, MAX_LOGIT_BIAS] V = none
     bias: jax.Array  # [R, MAX_LOGIT_BIAS]
-    stop_ids: jax.Array  # [R, MAX_STOP_TOKENS] V = none
+    stop_ids: jax.Array  # [R, STOP_SLOTS] V = none
     stop_from: jax.Array  # [R] the first position at which a stop token may stand
     num_logprobs: jax.Array  # [R] -1 = none wanted
 
@@ -74,7 +80,7 @@ class SamplingRows:
             sample_index=integer(sample_index),
             bias_ids=_padded(np.fromiter(bias.keys(), np.int32), MAX_LOGIT_BIAS, vocab),
             bias=_padded(np.fromiter(bias.values(), np.float32), MAX_LOGIT_BIAS, 0.0),
-            stop_ids=_padded(np.array(stop_ids, np.int32), MAX_STOP_TOKENS, vocab),
+            stop_ids=_padded(np.array(stop_ids, np.int32), STOP_SLOTS, vocab),
             stop_from=integer(prompt + params.min_tokens),
             num_logprobs=integer(-1 if params.logprobs is None else params.logprobs),
         )
@@ -133,7 +139,7 @@ def sample(
         lambda: _adjust(logits, rows, counts, is_early),
         lambda: logits,
     )
-    best = _first_argmax(adjusted)
+    best = first_argmax(adjusted)
     draws = active & (rows.temperature > 0)
     tokens = jax.lax.cond(
         jnp.any(draws),
@@ -175,115 +181,95 @@ def _draw(
     logits: Float[Array, "R V"], rows: SamplingRows, positions: Int[Array, "R"], draws: Bool[Array, "R"]
 ) -> Int[Array, "R"]:
     """A token of each row's truncated distribution, from the best candidates where they hold all of it."""
-    scaled = logits / jnp.where(draws, rows.temperature, 1.0)[:, None]
-    best = scaled.max(axis=-1)
-    floor = best + jnp.log(rows.min_p)
+    below = logits - logits.max(axis=-1, keepdims=True)  # at most 0: no temperature overflows
+    scaled = below / jnp.where(draws, rows.temperature, 1.0)[:, None]
     keys = _keys(rows, positions)
-    tokens, fits = _draw_from_candidates(scaled, best, floor, rows, keys)
-    return jax.lax.cond(
-        jnp.all(fits | ~draws),
-        lambda: tokens,
-        lambda: jnp.where(fits, tokens, _draw_from_all(scaled, best, floor, rows, keys)),
-    )
+    tokens, fits = _draw_from_candidates(scaled, rows, keys)
+    return _redraw(tokens, draws & ~fits, scaled, rows, keys)
 
 
 def _draw_from_candidates(
-    scaled: Float[Array, "R V"],
-    best: Float[Array, "R"],
-    floor: Float[Array, "R"],
-    rows: SamplingRows,
-    keys: UInt32[Array, "R 2"],
+    scaled: Float[Array, "R V"], rows: SamplingRows, keys: UInt32[Array, "R 2"]
 ) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
     """A token of each row, and whether the candidates hold all that truncation leaves."""
-    values, ids = _top_k(scaled, min(CANDIDATES, scaled.shape[-1]))
+    values, ids = top_k(scaled, min(CANDIDATES, scaled.shape[-1]))
     count = values.shape[-1]
     limited = rows.top_k > 0
+    nucleus = rows.top_p < 1
+    floor = jnp.log(rows.min_p)
     kept = values >= floor[:, None]
     kept &= (jnp.arange(count, dtype=jnp.int32)[None] < rows.top_k[:, None]) | ~limited[:, None]
-    mass = jnp.where(kept, jnp.exp(values - best[:, None]), 0.0)
+    mass = jnp.where(kept, jnp.exp(values), 0.0)
     held = row_sum(mass)
     is_all = (limited & (rows.top_k <= count)) | (values[:, -1] < floor) | (count == scaled.shape[-1])
-    total = jnp.where(is_all, held, row_sum(_mass(scaled, best, floor)))
-    wanted = rows.top_p * total
+    wanted = rows.top_p * jnp.where(is_all, held, row_sum(_mass(scaled, rows)))
     before = jnp.cumsum(mass, axis=-1) - mass
-    kept = (before < wanted[:, None]) | (rows.top_p >= 1)[:, None]
+    kept = (before < wanted[:, None]) | ~nucleus[:, None]
     scores = jnp.where(kept, mass, 0.0) / _arrivals(keys, ids.astype(jnp.uint32))
     chosen = jnp.take_along_axis(ids, jnp.argmax(scores, axis=-1)[:, None], axis=-1)[:, 0]
-    fits = is_all | (~limited & (rows.top_p < 1) & (held >= wanted))
-    return chosen, fits
+    return chosen, is_all | (~limited & nucleus & (held >= wanted))
 
 
-def _draw_from_all(
+def _redraw(
+    tokens: Int[Array, "R"],
+    unfit: Bool[Array, "R"],
     scaled: Float[Array, "R V"],
-    best: Float[Array, "R"],
-    floor: Float[Array, "R"],
     rows: SamplingRows,
     keys: UInt32[Array, "R 2"],
 ) -> Int[Array, "R"]:
-    """As `_draw_from_candidates`, over the whole vocabulary.
+    """The tokens, those of unfit rows drawn from the whole vocabulary.
+
+    In groups, the unfit rows first, because most often there are few. The last group may come round to
+    rows done before: what is drawn for a row depends on the row alone.
+    """
+    R = tokens.shape[0]
+    size = min(GROUP, R)
+    order = jnp.argsort(~unfit, stable=True)
+
+    def draw(group: Int[Array, ""], tokens: Array) -> Array:
+        at = order[(group * size + jnp.arange(size, dtype=jnp.int32)) % R]
+        some = jax.tree.map(lambda x: x[at], rows)
+        drawn = _draw_from_all(scaled[at], some, keys[at])
+        return tokens.at[at].set(jnp.where(unfit[at], drawn, tokens[at]))
+
+    groups = (unfit.sum(dtype=jnp.int32) + (size - 1)) // size
+    return jax.lax.fori_loop(0, groups, draw, tokens)
+
+
+def _draw_from_all(
+    scaled: Float[Array, "R V"], rows: SamplingRows, keys: UInt32[Array, "R 2"]
+) -> Int[Array, "R"]:
+    """As `_draw_from_candidates`, over the whole vocabulary; of equal tokens at a limit all are kept.
 
     Instead of finding where top_p ends, tokens are taken by descending score until one has less than
-    top_p of the mass above it: of the tokens inside, that one has the best score.
+    top_p of the mass above it: of the tokens inside, that one has the best score. Whatever is no
+    likelier than a token outside is outside too, so that few are taken even where top_p is small.
     """
-    mass = _mass(scaled, best, floor)
-    limit = rows.top_k.astype(jnp.float32)
-    mass = jnp.where(scaled >= _threshold(scaled, jnp.sign(mass), limit)[:, None], mass, 0.0)
+    mass = _mass(scaled, rows)
+    limit = jnp.where(rows.top_k < scaled.shape[-1], rows.top_k, 0).astype(jnp.float32)
+    mass = jnp.where(scaled >= threshold(scaled, jnp.sign(mass), limit)[:, None], mass, 0.0)
     wanted = jnp.where(rows.top_p < 1, rows.top_p * row_sum(mass), jnp.inf)
     ids = jnp.broadcast_to(jnp.arange(scaled.shape[-1], dtype=jnp.uint32)[None], scaled.shape)
 
-    def take(scores: Array) -> tuple[Array, Array]:
-        token = _first_argmax(scores)
+    def take(scores: Array) -> tuple[Array, Array, Array]:
+        token = first_argmax(scores)
         value = jnp.take_along_axis(scaled, token[:, None], axis=-1)
         above = row_sum(jnp.where(scaled > value, mass, 0.0))
-        return token, above >= wanted
+        return token, value, (above > 0) & (above >= wanted)  # also ends in a row of NaN: no mass at all
 
-    def drop(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        scores, token, is_outside = state
-        here = ids == token[:, None].astype(jnp.uint32)
-        scores = jnp.where(here & is_outside[:, None], 0.0, scores)
+    def drop(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        scores, _, value, is_outside = state
+        scores = jnp.where(is_outside[:, None] & (scaled <= value), 0.0, scores)
         return scores, *take(scores)
 
     scores = mass / _arrivals(keys, ids)
-    _, token, _ = jax.lax.while_loop(lambda state: jnp.any(state[2]), drop, (scores, *take(scores)))
+    _, token, _, _ = jax.lax.while_loop(lambda state: jnp.any(state[3]), drop, (scores, *take(scores)))
     return token
 
 
-def _mass(
-    scaled: Float[Array, "R V"], best: Float[Array, "R"], floor: Float[Array, "R"]
-) -> Float[Array, "R V"]:
-    return jnp.where(scaled >= floor[:, None], jnp.exp(scaled - best[:, None]), 0.0)
-
-
-def _threshold(
-    values: Float[Array, "R V"], amounts: Float[Array, "R V"], target: Float[Array, "R"]
-) -> Float[Array, "R"]:
-    """The largest value t of each row such that the amounts of values >= t reach the target.
-
-    Bisection over the 32 bits of a float, in the order of floats: exact, without a sort. A target of 0
-    is no limit: -inf, and where all targets are 0 nothing is computed.
-    """
-
-    def halve(_: Int[Array, ""], bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # low reaches the target, high does not
-        middle = low + (high - low) // 2
-        reached = row_sum(jnp.where(values >= _from_ordered(middle)[:, None], amounts, 0.0)) >= target
-        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
-
-    lowest = jnp.full(target.shape, _LOWEST_ORDERED, jnp.uint32)
-    highest = jnp.where(target > 0, jnp.uint32(_INFINITY_ORDERED), lowest + 1)
-    steps = jnp.where(jnp.any(target > 0), 32, 0)
-    low, _ = jax.lax.fori_loop(0, steps, halve, (lowest, highest))
-    return _from_ordered(low)
-
-
-_LOWEST_ORDERED = 0x007FFFFF  # -inf, where floats are numbered in their order
-_INFINITY_ORDERED = 0xFF800000
-
-
-def _from_ordered(number: UInt32[Array, "R"]) -> Float[Array, "R"]:
-    """The float at this place in the order of all floats."""
-    bits = jnp.where(number >> 31 == 1, number & 0x7FFFFFFF, ~number)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+def _mass(scaled: Float[Array, "R V"], rows: SamplingRows) -> Float[Array, "R V"]:
+    """Probabilities, as multiples of the best one's, of what min_p leaves."""
+    return jnp.where(scaled >= jnp.log(rows.min_p)[:, None], jnp.exp(scaled), 0.0)
 
 
 def _keys(rows: SamplingRows, positions: Int[Array, "R"]) -> UInt32[Array, "R 2"]:
@@ -312,30 +298,12 @@ def _arrivals(keys: UInt32[Array, "R 2"], ids: UInt32[Array, "R A"]) -> Float[Ar
     return -jnp.log(uniform)
 
 
-def _first_argmax(x: Float[Array, "R V"]) -> Int[Array, "R"]:
-    """The first index of each row's maximum: two plain reductions, many times faster than argmax on CPU."""
-    V = x.shape[-1]
-    ids = jnp.arange(V, dtype=jnp.int32)[None]
-    first = jnp.where(x == x.max(axis=-1, keepdims=True), ids, V).min(axis=-1)
-    return jnp.minimum(first, V - 1)  # a row of NaN has no maximum
-
-
 def _logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"]) -> TokenLogprobs:
     best = logits.max(axis=-1)
     log_total = best + jnp.log(row_sum(jnp.exp(logits - best[:, None])))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_total
-    top, ids = _top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    top, ids = top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     return TokenLogprobs(chosen, ids, top - log_total[:, None])
-
-
-def _top_k(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R A"], Int[Array, "R A"]]:
-    """The largest values of each row, best first, and where they stand.
-
-    The barrier keeps both outputs whole: a slice of one that is merged into the operation makes XLA's CPU
-    backend sort the row, a hundred times slower.
-    """
-    values, ids = jax.lax.optimization_barrier(tuple(jax.lax.top_k(x, count)))
-    return values, ids
 
 
 def _padded(values: np.ndarray, size: int, fill: float) -> Array:

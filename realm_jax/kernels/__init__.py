@@ -1,5 +1,6 @@
-"""The one door to the two operations worth a kernel. Plain arrays in, plain arrays out."""
+"""The one door to the operations worth a kernel. Plain arrays in, plain arrays out."""
 
 from realm_jax.kernels.reference import attention, matmul, row_sum
+from realm_jax.kernels.selection import first_argmax, threshold, top_k
 
-__all__ = ["attention", "matmul", "row_sum"]
+__all__ = ["attention", "first_argmax", "matmul", "row_sum", "threshold", "top_k"]
