@@ -58,7 +58,7 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
     run = Run()
     try:
-        code = app(standalone_mode=False, obj=run)
+        code = app(standalone_mode=False, obj=run, prog_name="realm")
         sys.stdout.flush()
     except typer.TyperException as error:
         code = _fail(_usage(error), 2)
