@@ -108,8 +108,11 @@ class EngineConfig:
                 raise RequestError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or not 1 <= value <= limit):
+            is_left_open = value is None and name != "max_num_seqs"
+            if not is_left_open and (type(value) is not int or not 1 <= value <= limit):
                 raise RequestError(f"{name} is {value!r}; it must be a whole number from 1 to {limit:,}")
+        if not isinstance(self.offline, bool):
+            raise RequestError(f"offline is {self.offline!r}; it must be true or false")
 
     @classmethod
     def from_options(cls, **options: object) -> "EngineConfig":
