@@ -36,11 +36,12 @@ class Arrival:
 class Scenario:
     shapes: tuple[Shape, ...]
     context: int
+    most_running: int
     arrivals: tuple[Arrival, ...]
     reads_early: tuple[bool, ...]  # whether a call is read at once or after the next one, in turn
 
     def buckets(self) -> Buckets:
-        return Buckets(CHUNKS, tuple(Pool(*shape) for shape in self.shapes))
+        return Buckets(CHUNKS, tuple(Pool(*shape) for shape in self.shapes), self.most_running)
 
 
 @st.composite
@@ -70,7 +71,9 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         abort_after=st.one_of(st.none(), st.none(), st.integers(0, 60)),
     )
     arrivals = tuple(draw(st.lists(arrival, min_size=1, max_size=8)))
-    return Scenario(shapes, context, arrivals, tuple(draw(st.lists(st.booleans(), min_size=1, max_size=5))))
+    most_running = draw(st.sampled_from([1, 3, 5, 100]))
+    reads_early = tuple(draw(st.lists(st.booleans(), min_size=1, max_size=5)))
+    return Scenario(shapes, context, most_running, arrivals, reads_early)
 
 
 def script(request: Request, sample: int, context: int, stop_every: int) -> list[int]:
@@ -214,7 +217,9 @@ class Simulation:
         return bool(self.waiting) and self.place_of(self.waiting[0]) is not None
 
     def place_of(self, sequence: Sequence) -> tuple[int, int] | None:
-        """The lowest free slot of the smallest pool that holds the prompt and a token."""
+        """The lowest free slot of the smallest pool that fits the prompt and a token, if one more may run."""
+        if len(self.slots) >= self.scenario.most_running:
+            return None
         for pool, shape in enumerate(self.pools):
             for slot in range(shape.slots):
                 if shape.capacity > sequence.prompt_length and (pool, slot) not in self.slots:
