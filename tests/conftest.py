@@ -1,5 +1,6 @@
 """Strict numerics and runtime shape checks for every test, and the models that tests share."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import write_model
 
     return write_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(autouse=True)
+def bounded_programs() -> Iterator[None]:
+    """Compiled programs are dropped before they reach the kernel's limit of memory maps (65,530).
+
+    XLA maps each program in some hundreds of pieces, and aborts the process where it can map no more.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @contextmanager
