@@ -167,7 +167,7 @@ def bits(logprobs: TokenLogprobs, row: int) -> bytes:
 def test_a_row_does_not_depend_on_the_batch_around_it(vocab: int):
     rng = np.random.default_rng(3)
     for params in MIXED:
-        logits = (3 * rng.standard_normal(vocab)).astype(np.float32)
+        logits = (0.7 * rng.standard_normal(vocab)).astype(np.float32)
         seen = set()
         for R in (1, 4, 19):
             for place in {0, R // 2, R - 1}:
@@ -279,7 +279,7 @@ def test_masked_tokens_never_come():
 def test_the_best_of_a_row_are_found_without_a_sort(vocab: int):
     rng = np.random.default_rng(vocab)
     some = rng.standard_normal((3, vocab))
-    tied = rng.integers(0, 5, (3, vocab))
+    tied = rng.geometric(0.3, (3, vocab))
     for each in (some, tied, np.where(rng.random((3, vocab)) < 0.9, -np.inf, some)):
         x = each.astype(np.float32)
         count = min(20, vocab)
