@@ -87,7 +87,7 @@ def outcome(template: str, variables: Mapping[str, Any], limit: int | None = Non
         return {"error": f"has a syntax error in line {error.lineno}: {error.message}"}
     except MemoryError:
         return {"error": f"needed more than {MEMORY_BYTES >> 20} MB of memory"}
-    except Exception as error:
+    except Exception as error:  # a stranger's template may raise anything: all of it is its failure
         return {"error": f"failed: {type(error).__name__}: {error}"}
     return {"text": "".join(parts)}
 
