@@ -1,17 +1,71 @@
 """Per-layer decode state. Every leaf leads with the slot axis; only lengths say what is valid.
 
-S slots, C capacity, K kv heads, H head dim, B rows, T new tokens.
+S slots, C capacity, K kv heads, H head dim, B rows, T new tokens, N query heads.
 """
+
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from realm_jax.config import ModelConfig
+from realm_jax.kernels import attention
+
+Slots = Int[Array, "B"] | None
+"""The slot of each row; None where row b is slot b."""
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """One layer's keys and values. Positions at and past a slot's length are garbage by contract."""
+
+    def write(
+        self,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        slots: Slots,
+        positions: Int[Array, "B T"],
+    ) -> "Cache":
+        """Each row's keys and values stand in its slot, at its positions.
+
+        A position at or past the capacity, or a slot past the last, is dropped.
+        """
+        ...
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        slots: Slots,
+        positions: Int[Array, "B T"],
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Float[Array, "B T N H"]:
+        """What each query sees of its slot."""
+        ...
+
+
+def empty_cache(shape: tuple[int, int, int, int], kv_dtype: str) -> Cache:
+    """An empty cache [S, K, C, H] that stores float32, bfloat16 or int8."""
+    if kv_dtype == "int8":
+        codes, scales = jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32)
+        return Int8Cache(codes, codes.copy(), scales, scales.copy())
+    storage = jnp.uint16 if kv_dtype == "bfloat16" else jnp.dtype(kv_dtype)
+    return KVCache(jnp.zeros(shape, storage), jnp.zeros(shape, storage))
+
+
+def cached_bytes(model: ModelConfig, kv_dtype: str) -> int:
+    """Bytes that the caches of all layers keep of one token."""
+    head = {"int8": model.head_dim + 4, "bfloat16": 2 * model.head_dim, "float32": 4 * model.head_dim}
+    return 2 * model.num_layers * model.num_kv_heads * head[kv_dtype]
+
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of one layer. Positions at and past a slot's length are garbage by contract.
+    """Keys and values as numbers.
 
     bf16 is kept as its bits in uint16: XLA's CPU backend widens a bf16 update in place to a rewrite of
     the whole cache in float32, and leaves integers alone.
@@ -20,52 +74,88 @@ class KVCache:
     k: jax.Array  # [S, K, C, H]
     v: jax.Array  # [S, K, C, H]
 
-    @classmethod
-    def zeros(cls, slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> "KVCache":
-        """An empty cache that stores float32 or bfloat16."""
-        storage = jnp.uint16 if dtype == jnp.bfloat16 else dtype
-        shape = (slots, kv_heads, capacity, head_dim)
-        return cls(jnp.zeros(shape, storage), jnp.zeros(shape, storage))
+    def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "KVCache":
+        """As `Cache.write`."""
+        at = _places(slots, positions)
+        return KVCache(_put(self.k, at, _encode(k, self.k.dtype)), _put(self.v, at, _encode(v, self.v.dtype)))
 
-    def write(
+    def attend(
         self,
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        first_slot: Int[Array, ""],
-        positions: Int[Array, "B T"],
-    ) -> "KVCache":
-        """Row b's keys and values stand in slot `first_slot + b`, at its positions.
-
-        A position at or past the capacity is dropped: that is how an idle row writes nothing.
-        """
-        slots = first_slot + jnp.arange(k.shape[0], dtype=positions.dtype)
-        at = (slots[:, None], slice(None), positions)
-        put = {"mode": "drop", "unique_indices": True}
-        return KVCache(
-            self.k.at[at].set(_encode(k, self.k.dtype), **put),
-            self.v.at[at].set(_encode(v, self.v.dtype), **put),
+        q: Array,
+        slots: Slots,
+        positions: Array,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Array:
+        """As `Cache.attend`."""
+        return attention(
+            q, self.k, self.v, None, None, slots, positions, scale=scale, softcap=softcap, window=window
         )
 
-    def read(self, first_slot: Int[Array, ""], rows: int) -> tuple[Array, Array]:
-        """Keys and values [B, K, C, H] of `rows` slots from `first_slot` on."""
-        return tuple(_decode(_take(x, first_slot, rows)) for x in (self.k, self.v))  # pyright: ignore[reportReturnType]
+
+@struct.dataclass
+class Int8Cache:
+    """Keys and values as int8 codes, each token's head with a scale of its own."""
+
+    k: jax.Array  # [S, K, C, H]
+    v: jax.Array  # [S, K, C, H]
+    k_scale: jax.Array  # [S, K, C]
+    v_scale: jax.Array  # [S, K, C]
+
+    def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "Int8Cache":
+        """As `Cache.write`, rounded to the nearest code."""
+        at = _places(slots, positions)
+        (k, k_scale), (v, v_scale) = _quantize(k), _quantize(v)
+        return Int8Cache(
+            _put(self.k, at, k),
+            _put(self.v, at, v),
+            _put(self.k_scale, at, k_scale),
+            _put(self.v_scale, at, v_scale),
+        )
+
+    def attend(
+        self,
+        q: Array,
+        slots: Slots,
+        positions: Array,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Array:
+        """As `Cache.attend`: scores and weights are multiplied by the scales, the codes as they are."""
+        kept = (self.k, self.v, self.k_scale, self.v_scale)
+        return attention(q, *kept, slots, positions, scale=scale, softcap=softcap, window=window)
 
 
-def _take(x: Array, first: Int[Array, ""], rows: int) -> Array:
-    if rows == x.shape[0]:
-        return x
-    return jax.lax.dynamic_slice_in_dim(x, first, rows)
+def _places(slots: Slots, positions: Int[Array, "B T"]) -> tuple[Array, slice, Array]:
+    rows = jnp.arange(positions.shape[0], dtype=positions.dtype) if slots is None else slots
+    return rows[:, None], slice(None), positions
+
+
+def _put(x: Array, at: tuple[Array, slice, Array], values: Array) -> Array:
+    return x.at[at].set(values, mode="drop", unique_indices=True)
+
+
+def _quantize(x: Float[Array, "B T K H"]) -> tuple[Array, Array]:
+    """Codes from -127 to 127 and the scales [B, T, K] that make them numbers again."""
+    x = _finite(x)
+    scale = jnp.abs(x).max(axis=-1) / 127
+    codes = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
+    return codes.astype(jnp.int8), scale
 
 
 def _encode(x: Array, storage: jnp.dtype) -> Array:
-    """The numbers as they are stored; none is infinite or NaN.
-
-    What a slot held before is masked by a weight of 0, and 0 * NaN would reach its next sequence.
-    """
-    kept = x.astype(jnp.bfloat16 if storage == jnp.uint16 else storage)
-    kept = jnp.where(jnp.isfinite(kept), kept, jnp.zeros((), kept.dtype))
+    """The numbers as they are stored."""
+    kept = _finite(x.astype(jnp.bfloat16 if storage == jnp.uint16 else storage))
     return jax.lax.bitcast_convert_type(kept, jnp.uint16) if storage == jnp.uint16 else kept
 
 
-def _decode(x: Array) -> Array:
-    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+def _finite(x: Array) -> Array:
+    """The numbers, 0 where one is infinite or NaN.
+
+    What a slot held before is masked by a weight of 0, and 0 * NaN would reach its next sequence.
+    """
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))

@@ -10,13 +10,14 @@ import numpy as np
 
 from realm_jax import runtime, weights
 from realm_jax.architectures import parameters, read_config
+from realm_jax.cache import cached_bytes
 from realm_jax.chat import ChatTemplate
 from realm_jax.config import ModelConfig
 from realm_jax.gguf import GGUFFile, TensorInfo
 from realm_jax.quant import dequantize
 from realm_jax.tokenizer import Tokenizer
 
-BYTES = {"bfloat16": 2, "float32": 4}
+DTYPES = ("bfloat16", "float32")
 CHECKED_VALUES = 1 << 22  # values expanded at a time
 
 
@@ -66,9 +67,9 @@ def memory(file: GGUFFile, config: ModelConfig) -> dict[str, dict[str, int]]:
     return {
         dtype: {
             "weights": weights.planned_bytes(file, config, dtype),
-            "cache_per_1024_tokens": 1024 * config.cached_values * each,
+            "cache_per_1024_tokens": 1024 * cached_bytes(config, dtype),
         }
-        for dtype, each in BYTES.items()
+        for dtype in DTYPES
     }
 
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from realm_jax.cache import KVCache
+from realm_jax.cache import Cache
 from realm_jax.config import Activation, LayerKind, ModelConfig
-from realm_jax.kernels import attention, row_sum
+from realm_jax.kernels import row_sum
 from realm_jax.rope import rotate
 
 ACTIVATIONS = {
@@ -28,7 +28,7 @@ ACTIVATIONS = {
 class Where:
     """Which slots and positions the tokens of a call belong to, and their rotary angles by rope name."""
 
-    first_slot: jax.Array  # [] row b is slot first_slot + b
+    slots: jax.Array | None  # [B]; None: row b is slot b
     positions: jax.Array  # [B, T] absolute
     angles: dict[str, tuple[jax.Array, jax.Array]]  # cos, sin [B, T, P]
 
@@ -72,8 +72,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], cache: KVCache, where: Where
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        self, x: Float[Array, "B T D"], cache: Cache, where: Where
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         c = self.config
         B, T, D = x.shape
         heads = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, name="qkv")(x)
@@ -84,10 +84,10 @@ class Attention(nn.Module):
         cos, sin = where.angles[self.kind.rope]
         interleaved = dict(c.ropes)[self.kind.rope].interleaved
         q, k = (rotate(h, cos, sin, interleaved=interleaved) for h in (q, k))
-        cache = cache.write(k, v, where.first_slot, where.positions)
-        out = attention(
+        cache = cache.write(k, v, where.slots, where.positions)
+        out = cache.attend(
             q,
-            *cache.read(where.first_slot, B),
+            where.slots,
             where.positions,
             scale=c.attention_scale,
             softcap=c.attention_softcap,
@@ -147,8 +147,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], cache: KVCache, where: Where
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        self, x: Float[Array, "B T D"], cache: Cache, where: Where
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         c = self.config
 
         def norm(name: str) -> RMSNorm:

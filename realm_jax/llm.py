@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from realm_jax import hub, runtime
-from realm_jax.config import Buckets, EngineConfig
+from realm_jax import hub, runtime, scoring
+from realm_jax.config import TILE, EngineConfig
 from realm_jax.decoding import Autoregressive
 from realm_jax.errors import RequestError
 from realm_jax.loading import LoadProgress, load_model
 from realm_jax.model import Transformer
 from realm_jax.params import SamplingParams
-from realm_jax.scoring import Score, Scorer
+from realm_jax.scoring import Score
 from realm_jax.serving.engine import Engine
 from realm_jax.serving.request import FinishReason, GenerationOutput, Request, TextDelta
 
@@ -50,19 +50,12 @@ class LLM:
         self.transformer = Transformer(self.model.config)
         self.engine = Engine(
             Autoregressive(self.transformer, self.model.kv_dtype),
-            self.model.params,
-            self.tokenizer,
-            Buckets.plan(self.model.context, self.engine_config.max_num_seqs),
-            context=self.model.context,
-            vocab=self.model.config.vocab_size,
-            on_compile=on_compile,
-        )
-        self.scorer = Scorer(
             self.transformer,
             self.model.params,
-            self.engine.buckets,
+            self.tokenizer,
             context=self.model.context,
-            kv_dtype=self.model.kv_dtype,
+            config=self.engine_config,
+            on_compile=on_compile,
         )
         self._ids = itertools.count()
         self._mailboxes: dict[str, deque[TextDelta]] = {}  # by request
@@ -113,36 +106,54 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [T, V]: row t scores the token that follows the first t + 1."""
-        return self.scorer.logits(self.prompt_ids(token_ids))
+        ids = self.prompt_ids(token_ids)
+        if not 1 <= len(ids) <= self.model.context:
+            raise RequestError(f"token_ids has {len(ids):,} tokens; give from 1 to {self.model.context:,}")
+        vocab = self.model.config.vocab_size
+        if (wrong := next((i for i in ids if not 0 <= i < vocab), None)) is not None:
+            raise RequestError(f"token_ids has token id {wrong}; the vocabulary has {vocab:,}")
+        return scoring.logits(self.transformer, self.model.params, ids, self.model.kv_dtype)
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], continuations: Sequence[Prompt] | None = None
     ) -> list[Score]:
         """Log-probabilities of each prompt's tokens, or of each prompt's continuation.
 
-        Continuations of one prompt share its computation. Text continues text: what the prompt's tokens
-        are not of both together is the continuation.
+        Tokens that prompts have in common at their beginnings are computed once. Text continues text:
+        the continuation is what both together have after the prompt's tokens, and a token that spans both.
         """
         batch = _as_batch(prompts)
         if continuations is None:
-            return [self.scorer.score(self.prompt_ids(prompt)) for prompt in batch]
-        if len(continuations) != len(batch):
+            pairs = [(tuple(self.prompt_ids(prompt)), []) for prompt in batch]
+        elif len(continuations) != len(batch):
             raise RequestError(f"continuations has {len(continuations)} entries for {len(batch)} prompts")
-        pairs = [self._split(p, c) for p, c in zip(batch, continuations, strict=True)]
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, (context, _) in enumerate(pairs):
-            groups.setdefault(context, []).append(i)
-        scores: dict[int, Score] = {}
-        for context, members in groups.items():
-            found = self.scorer.score_continuations(context, [pairs[i][1] for i in members])
-            scores.update(zip(members, found, strict=True))
-        return [scores[i] for i in range(len(pairs))]
+        else:
+            pairs = [self._split(p, c) for p, c in zip(batch, continuations, strict=True)]
+        requests = [self._score_request(*pair, whole=continuations is None) for pair in pairs]
+        outputs: dict[str, GenerationOutput] = {}
+        for delta in self._run(_leaders_first(requests, self.engine.buckets.max_num_seqs)):
+            if delta.output is not None:
+                outputs[delta.request_id] = delta.output
+        whole = continuations is None
+        return [_score(outputs[r.id], 0 if whole else r.score_from) for r in requests]
+
+    def _score_request(self, context: tuple[int, ...], more: list[int], *, whole: bool) -> Request:
+        if not context:
+            raise RequestError("there is no context to score from; give at least one token before")
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        first = 1 if whole else len(context)
+        return Request(f"request-{next(self._ids)}", (*context, *more), params, seed=0, score_from=first)
 
     def _split(self, prompt: Prompt, continuation: Prompt) -> tuple[tuple[int, ...], list[int]]:
         """The tokens of a prompt, and those that the continuation adds."""
         context = self.prompt_ids(prompt)
         if isinstance(prompt, str) and isinstance(continuation, str):
-            return tuple(context), self.prompt_ids(prompt + continuation)[len(context) :]
+            both = self.prompt_ids(prompt + continuation)
+            shared = next(
+                (i for i, pair in enumerate(zip(context, both, strict=False)) if pair[0] != pair[1]),
+                len(context),
+            )
+            return tuple(both[:shared]), both[shared:]
         if isinstance(continuation, str):
             return tuple(context), self.tokenizer.encode(continuation, add_special=False, parse_special=True)
         return tuple(context), self.prompt_ids(continuation)
@@ -187,6 +198,31 @@ class LLM:
             if isinstance(i, bool) or not isinstance(i, int | np.integer):
                 raise RequestError(f"prompt has {i!r}; token ids are whole numbers")
         return [int(i) for i in prompt]
+
+
+def _leaders_first(requests: Sequence[Request], slots: int) -> list[Request]:
+    """One request of each group that shares all its reusable tiles, before the others of these groups.
+
+    What the first computes is there when the others come; few groups at a time, because it stays in the
+    slots only until these are taken.
+    """
+    groups: dict[tuple[int, ...], list[Request]] = {}
+    for request in requests:
+        shared = request.prompt_ids[: request.reusable // TILE * TILE]
+        groups.setdefault(shared, []).append(request)
+    ordered, at_a_time = [groups[shared] for shared in sorted(groups)], max(slots // 2, 1)
+    some = [ordered[i : i + at_a_time] for i in range(0, len(ordered), at_a_time)]
+    return [r for part in some for r in [*(g[0] for g in part), *(r for g in part for r in g[1:])]]
+
+
+def _score(output: GenerationOutput, start: int) -> Score:
+    """What the output says of the prompt's tokens from `start` on."""
+    known = (output.prompt_logprobs or [])[start:]
+    return Score(
+        token_ids=output.prompt_token_ids[start:],
+        logprobs=[None if each is None else each["logprob"] for each in known],
+        is_greedy=all(each is None or each["is_greedy"] for each in known),
+    )
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from realm_jax import gguf, runtime, weights
 from realm_jax.architectures import read_config
+from realm_jax.buckets import Buckets
+from realm_jax.cache import cached_bytes
 from realm_jax.chat import ChatTemplate
-from realm_jax.config import Buckets, EngineConfig, ModelConfig
+from realm_jax.config import EngineConfig, ModelConfig
 from realm_jax.errors import CapacityError, UnsupportedError
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
@@ -82,8 +83,7 @@ def _check_budget(
         raise UnsupportedError(
             f"--memory is for --device cpu; on {runtime.backend()} set XLA_PYTHON_CLIENT_MEM_FRACTION"
         )
-    tokens = Buckets.plan(context, config.max_num_seqs).cached_tokens
-    caches = tokens * model.cached_values * jnp.dtype(kv_dtype).itemsize
+    caches = Buckets.plan(context, config).cached_tokens * cached_bytes(model, kv_dtype)
     planned = weights.planned_bytes(file, model, dtype)
     if planned + caches > config.memory:
         raise CapacityError(

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from realm_jax.cache import KVCache
+from realm_jax.cache import Cache, empty_cache
 from realm_jax.config import ModelConfig
 from realm_jax.layers import Block, RMSNorm, Where
 from realm_jax.rope import angles
 
-Caches = tuple[KVCache, ...]  # one a layer: a single stacked array would be copied whole at each step
+Caches = tuple[Cache, ...]  # one a layer: a single stacked array would be copied whole at each step
 
 
 class Transformer(nn.Module):
@@ -26,14 +26,18 @@ class Transformer(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         caches: Caches,
-        first_slot: Int[Array, ""],
+        slots: Int[Array, "B"] | None,
     ) -> tuple[Float[Array, "B T D"], Caches]:
-        """Hidden states after the last norm; each row's keys and values stand in its slot's cache."""
+        """Hidden states after the last norm; each row's keys and values stand in its slot's cache.
+
+        slots: None where row b is slot b. A row whose positions are at or past the capacity, or whose
+        slot is past the last, leaves nothing behind.
+        """
         c = self.config
         x = self.get_variable("params", "embedding").rows(tokens) * c.embedding_scale
         frequencies = self.get_variable("params", "rope")
         turned = {name: angles(positions, frequencies[name], rope.magnitude) for name, rope in c.ropes}
-        where = Where(first_slot, positions, turned)
+        where = Where(slots, positions, turned)
         written = []
         for i, (kind, cache) in enumerate(zip(c.layers, caches, strict=True)):
             block = Block(c, kind, parent=None)
@@ -48,11 +52,11 @@ class Transformer(nn.Module):
         cap = self.config.logit_softcap
         return scores if cap is None else cap * jnp.tanh(scores / cap)
 
-    def empty_caches(self, slots: int, capacity: int, dtype: jnp.dtype) -> Caches:
+    def empty_caches(self, slots: int, capacity: int, dtype: str) -> Caches:
         """Caches of `slots` empty slots, one a layer."""
         c = self.config
         return tuple(
-            KVCache.zeros(slots, c.num_kv_heads, capacity, c.head_dim, dtype) for _ in range(c.num_layers)
+            empty_cache((slots, c.num_kv_heads, capacity, c.head_dim), dtype) for _ in range(c.num_layers)
         )
 
 
@@ -62,10 +66,10 @@ def hidden_states(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     caches: Caches,
-    first_slot: Int[Array, ""],
+    slots: Int[Array, "B"] | None,
 ) -> tuple[Float[Array, "B T D"], Caches]:
     """The model called with its params."""
-    return model.apply({"params": params}, tokens, positions, caches, first_slot)  # pyright: ignore[reportReturnType]
+    return model.apply({"params": params}, tokens, positions, caches, slots)  # pyright: ignore[reportReturnType]
 
 
 def next_token_logits(
@@ -76,6 +80,6 @@ def next_token_logits(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply_block(block: Block, params: Any, x: Array, cache: KVCache, where: Where) -> tuple[Array, KVCache]:
+def _apply_block(block: Block, params: Any, x: Array, cache: Cache, where: Where) -> tuple[Array, Cache]:
     """The block, traced once for all layers of its kind rather than once a layer."""
     return block.apply({"params": params}, x, cache, where)  # pyright: ignore[reportReturnType]

@@ -25,6 +25,7 @@ class SamplingParams:
     stop_token_ids: tokens that end it, kept in token_ids. ignore_eos: end tokens do not stop.
     min_tokens: end and stop tokens are masked until so many tokens stand.
     logprobs: None, or how many best alternatives to report with each token.
+    prompt_logprobs: the same for the prompt's tokens; with max_tokens 0, nothing else is computed.
     n: independent samples of the same prompt.
     """
 
@@ -43,6 +44,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
 
     def __post_init__(self) -> None:
@@ -97,7 +99,12 @@ _REALS = (
     ("frequency_penalty", -2.0, 2.0),
 )
 _INTEGERS = (("top_k", -1, 1 << 30), ("min_tokens", 0, 1 << 30), ("n", 1, 1024))
-_OPTIONAL = {"seed": (0, 2**63 - 1), "max_tokens": (1, 1 << 30), "logprobs": (0, MAX_LOGPROBS)}
+_OPTIONAL = {
+    "seed": (0, 2**63 - 1),
+    "max_tokens": (0, 1 << 30),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
 
 
 def _check_real(name: str, value: object, low: float, high: float) -> None:

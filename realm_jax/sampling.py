@@ -7,103 +7,23 @@ agrees with the target as often as their distributions do (Daliri, Musco and Sur
 R rows, V vocabulary, A candidates.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from realm_jax.kernels import first_argmax, row_sum, threshold, top_k
-from realm_jax.params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, SamplingParams
-
-__all__ = ["SamplingParams", "SamplingRows", "TokenCounts", "TokenLogprobs", "sample"]
+from realm_jax.params import MAX_LOGPROBS
+from realm_jax.sampling_rows import SamplingRows, TokenCounts
 
 CANDIDATES = 256
 """Truncated sampling looks at so many best tokens, and at all only where a row needs more."""
 
-STOP_SLOTS = MAX_STOP_TOKENS + 32
-"""A request's own stop tokens and the model's end tokens, of which the tokenizer knows fewer than 32."""
-
 GROUP = 4
 """So many of the rows that need the whole vocabulary are drawn together."""
-
-
-@struct.dataclass
-class SamplingRows:
-    """The sampling parameters of each row, as data: no value compiles a new program."""
-
-    temperature: jax.Array  # [R] 0 = greedy
-    top_p: jax.Array  # [R]
-    top_k: jax.Array  # [R] 0 = off
-    min_p: jax.Array  # [R]
-    repetition_penalty: jax.Array  # [R]
-    presence_penalty: jax.Array  # [R]
-    frequency_penalty: jax.Array  # [R]
-    seed: jax.Array  # [R, 2] uint32, high word first
-    sample_index: jax.Array  # [R]
-    bias_ids: jax.Array  # [R, MAX_LOGIT_BIAS] V = none
-    bias: jax.Array  # [R, MAX_LOGIT_BIAS]
-    stop_ids: jax.Array  # [R, STOP_SLOTS] V = none
-    stop_from: jax.Array  # [R] the first position at which a stop token may stand
-    num_logprobs: jax.Array  # [R] -1 = none wanted
-
-    @classmethod
-    def of(
-        cls,
-        params: SamplingParams,
-        *,
-        seed: int,
-        sample_index: int,
-        stop_ids: tuple[int, ...],
-        prompt: int,
-        vocab: int,
-    ) -> "SamplingRows":
-        """One row. stop_ids: all tokens that end this request; prompt: its length in tokens."""
-
-        def real(value: float) -> Array:
-            return jnp.array([value], jnp.float32)
-
-        def integer(value: int) -> Array:
-            return jnp.array([value], jnp.int32)
-
-        bias = params.logit_bias
-        return cls(
-            temperature=real(params.temperature),
-            top_p=real(params.top_p),
-            top_k=integer(max(params.top_k, 0)),
-            min_p=real(params.min_p),
-            repetition_penalty=real(params.repetition_penalty),
-            presence_penalty=real(params.presence_penalty),
-            frequency_penalty=real(params.frequency_penalty),
-            seed=jnp.array([[seed >> 32, seed & 0xFFFFFFFF]], jnp.uint32),
-            sample_index=integer(sample_index),
-            bias_ids=_padded(np.fromiter(bias.keys(), np.int32), MAX_LOGIT_BIAS, vocab),
-            bias=_padded(np.fromiter(bias.values(), np.float32), MAX_LOGIT_BIAS, 0.0),
-            stop_ids=_padded(np.array(stop_ids, np.int32), STOP_SLOTS, vocab),
-            stop_from=integer(prompt + params.min_tokens),
-            num_logprobs=integer(-1 if params.logprobs is None else params.logprobs),
-        )
-
-    @classmethod
-    def greedy(cls, rows: int, vocab: int) -> "SamplingRows":
-        """Rows that pick the best token: what empty slots hold."""
-        one = cls.of(
-            SamplingParams(temperature=0.0), seed=0, sample_index=0, stop_ids=(), prompt=0, vocab=vocab
-        )
-        return jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), one)
-
-
-@struct.dataclass
-class TokenCounts:
-    """Which tokens each row has seen, for the penalties."""
-
-    in_prompt: jax.Array  # [R, V] bool
-    generated: jax.Array  # [R, V] int32
-
-    @classmethod
-    def zeros(cls, rows: int, vocab: int) -> "TokenCounts":
-        return cls(jnp.zeros((rows, vocab), jnp.bool_), jnp.zeros((rows, vocab), jnp.int32))
 
 
 @struct.dataclass
@@ -124,19 +44,19 @@ class TokenLogprobs:
 def sample(
     logits: Float[Array, "R V"],
     rows: SamplingRows,
-    counts: TokenCounts,
+    count: Callable[[], TokenCounts],
     positions: Int[Array, "R"],
     active: Bool[Array, "R"],
 ) -> tuple[Int[Array, "R"], TokenLogprobs]:
     """The token of each row, and its log-probability where any row asked for one.
 
-    positions: where the tokens will stand. Stages that no active row uses are skipped; what an inactive
-    row gets is garbage.
+    positions: where the tokens will stand. count: the tokens that each row has seen, asked for only if a
+    row is adjusted. Stages that no active row uses are skipped; what an inactive row gets is garbage.
     """
-    is_early = positions < rows.stop_from
+    is_early = positions < rows.prompt_length + rows.min_tokens
     adjusted = jax.lax.cond(
         jnp.any(active & (is_early | _is_adjusted(rows))),
-        lambda: _adjust(logits, rows, counts, is_early),
+        lambda: _adjust(logits, rows, count(), is_early),
         lambda: logits,
     )
     best = first_argmax(adjusted)
@@ -304,7 +224,3 @@ def _logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"]) -> TokenLogp
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_total
     top, ids = top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     return TokenLogprobs(chosen, ids, top - log_total[:, None])
-
-
-def _padded(values: np.ndarray, size: int, fill: float) -> Array:
-    return jnp.asarray(np.pad(values, (0, size - len(values)), constant_values=fill)[None])

@@ -51,7 +51,7 @@ def step_seconds(llm: LLM, sequences: int, params: SamplingParams) -> float:
     while steps < STEPS - sequences:
         llm.engine.step()
         steps += 1
-    jax.block_until_ready(llm.engine._states)
+    jax.block_until_ready(llm.engine._runner._states)
     seconds = (time.perf_counter() - start) / steps
     for request in requests:
         llm.engine.abort(request.id)

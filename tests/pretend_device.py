@@ -1,297 +1,237 @@
-"""A pretend device that runs a scheduler as the engine does and asserts its laws at every step.
+"""A pretend device with its own account of what every slot holds; each plan it runs must keep the laws.
 
-It keeps its own account of what every slot holds, from the plans alone.
+It believes nothing of the scheduler: where a sequence says it was placed, and what it says it reused, is
+compared with this account.
 """
 
-import hashlib
-from collections import Counter, deque
+from collections import defaultdict
 from dataclasses import dataclass, field
 
-from hypothesis import strategies as st
+from scenarios import Owner, Scenario
 
-from realm_jax.config import BLOCK, Buckets, Pool
-from realm_jax.params import SamplingParams
-from realm_jax.serving.request import FinishReason, Request, Sequence
-from realm_jax.serving.scheduler import Decode, Move, Prefill, Scheduler
+from realm_jax.config import TILE
+from realm_jax.serving.request import Request, Sequence
+from realm_jax.serving.scheduler import Copy, Decode, Plan, Prefill, Tile
 
-STOP = 0
-CHUNKS = (32, 128, BLOCK)
-Shape = tuple[int, int, tuple[int, ...]]
-"""What a `Pool` is made of, made only after the drawing: runtime type checks take random numbers."""
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A request, the steps before it comes, and the steps after which its user leaves."""
-
-    wait: int
-    prompt: int
-    max_tokens: int | None
-    n: int
-    stop_every: int  # one token in so many is a stop token
-    abort_after: int | None
-
-
-@dataclass(frozen=True)
-class Scenario:
-    shapes: tuple[Shape, ...]
-    context: int
-    most_running: int
-    arrivals: tuple[Arrival, ...]
-    reads_early: tuple[bool, ...]  # whether a call is read at once or after the next one, in turn
-
-    def buckets(self) -> Buckets:
-        return Buckets(CHUNKS, tuple(Pool(*shape) for shape in self.shapes), self.most_running)
-
-
-@st.composite
-def pools(draw: st.DrawFn) -> tuple[Shape, ...]:
-    capacities = draw(st.sampled_from([(256,), (512,), (256, 512), (256, 1024), (256, 512, 768)]))
-    made = []
-    for capacity in capacities:
-        slots = draw(st.integers(1, 6))
-        fewer = draw(st.sets(st.integers(1, slots), max_size=2))
-        made.append((capacity, slots, tuple(sorted({*fewer, slots}))))
-    return tuple(made)
-
-
-@st.composite
-def scenarios(draw: st.DrawFn) -> Scenario:
-    shapes = draw(pools())
-    top = shapes[-1][0]
-    context = draw(st.integers(max(2, top - 300), top))
-    edges = [edge - back for edge in (256, 512, context) for back in (1, 2, 9) if 0 < edge - back < context]
-    arrival = st.builds(
-        Arrival,
-        wait=st.integers(0, 30),
-        prompt=st.one_of(st.integers(1, min(40, context - 1)), st.sampled_from(edges or [1])),
-        max_tokens=st.one_of(st.none(), st.integers(1, 40)),
-        n=st.integers(1, 3),
-        stop_every=st.sampled_from([3, 20, 10**9]),
-        abort_after=st.one_of(st.none(), st.none(), st.integers(0, 60)),
-    )
-    arrivals = tuple(draw(st.lists(arrival, min_size=1, max_size=8)))
-    most_running = draw(st.sampled_from([1, 3, 5, 100]))
-    reads_early = tuple(draw(st.lists(st.booleans(), min_size=1, max_size=5)))
-    return Scenario(shapes, context, most_running, arrivals, reads_early)
-
-
-def script(request: Request, sample: int, context: int, stop_every: int) -> list[int]:
-    """What the model says to this sample: all its tokens up to its end, whatever else runs."""
-    room = context - len(request.prompt_ids)
-    said: list[int] = []
-    while len(said) < min(request.params.max_tokens or room, room) and STOP not in said:
-        digest = hashlib.blake2b(f"{request.id} {sample} {len(said)}".encode(), digest_size=8).digest()
-        number = int.from_bytes(digest, "little")
-        said.append(STOP if number % stop_every == 0 else 1 + number % 1000)
-    return said
+Place = tuple[int, int]  # a pool and a slot of it
+Call = list[tuple[Sequence, int]]  # what the device will say, and to whom
 
 
 @dataclass
-class Slot:
-    """A slot of the pretend device: whose tokens it caches, and how many tokens it was asked for."""
+class Memory:
+    """What stands in a slot: tokens, of whom, and how many of the first were computed as a prompt's."""
+
+    owner: Owner | None = None
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    used: int = 0  # when the slot was last taken or freed
+
+    def reusable(self, request: Request) -> int:
+        """Tokens of whole tiles that stand here and need not be computed again for this request."""
+        prompt = request.prompt_ids
+        if self.owner != (request.tenant, request.adapter):
+            return 0
+        most = min(self.computed, len(prompt) - 1)
+        if request.params.prompt_logprobs is not None:
+            most = min(most, max(request.score_from - 1, 0))
+        same = next((i for i in range(most) if self.tokens[i] != prompt[i]), most)
+        return same // TILE * TILE
+
+    def keep(self, owner: Owner | None, tokens: int) -> None:
+        """Only the first tokens can be relied on."""
+        self.owner = owner
+        del self.tokens[tokens:]
+        self.computed = min(self.computed, tokens)
+
+
+@dataclass(eq=False)
+class Running:
+    """A sequence in a slot."""
 
     sequence: Sequence
-    cached: list[int]
-    asked: int = 0
-
-
-@dataclass
-class Simulation:
-    """Runs a scenario as the engine would, and asserts every law at every step."""
-
-    scenario: Scenario
-    scheduler: Scheduler
-    slots: dict[tuple[int, int], Slot] = field(default_factory=dict)
-    waiting: deque[Sequence] = field(default_factory=deque)
-    in_flight: deque[list[tuple[Sequence, int]]] = field(default_factory=deque)
-    scripts: dict[Sequence, list[int]] = field(default_factory=dict)
-    ended: Counter[Sequence] = field(default_factory=Counter)
-    passed_over: Counter[int] = field(default_factory=Counter)  # decodes of others since a pool is ready
-    last_kind: type[Prefill] | type[Decode] | None = None
-    calls: int = 0
+    at: Place
+    said: list[int]  # all that the model will say to it
+    wanted: int  # tokens that it may have, if none of them ends it
+    since: int  # when it took this slot
+    asked: int = 0  # tokens that the device was asked for
+    filled: int | None = None  # when it could go no further in this slot
 
     @property
-    def pools(self) -> tuple[Pool, ...]:
-        return self.scheduler.buckets.pools
+    def wants_step(self) -> bool:
+        return 0 < self.asked < self.wanted
 
-    def run(self) -> None:
-        arrivals = deque(enumerate(self.scenario.arrivals))
-        leaving: list[tuple[int, list[Sequence]]] = []
-        wait = arrivals[0][1].wait
-        while arrivals or self.scheduler.has_work or self.in_flight:
-            while arrivals and wait <= 0:
-                number, arrival = arrivals.popleft()
-                sequences = self.arrive(number, arrival)
-                if arrival.abort_after is not None:
-                    leaving.append((self.calls + arrival.abort_after, sequences))
-                wait = arrivals[0][1].wait if arrivals else 0
-            wait -= 1
-            for when, sequences in leaving:
-                if when <= self.calls:
-                    self.leave(sequences)
-            self.step()
-            assert self.calls <= self.most_calls(), "some sequence starves"
-            unfinished = any(sequence.finish_reason is None for sequence in self.scripts)
-            assert self.scheduler.has_work == unfinished
-        assert set(self.ended) == set(self.scripts)
-        assert set(self.ended.values()) == {1}
-        held = [sequence for pool in self.scheduler._slots for sequence in pool if sequence is not None]
-        assert not held, "a slot leaked"
-        for sequence, said in self.scripts.items():
-            if sequence.finish_reason is FinishReason.ABORT:
-                assert sequence.token_ids == said[: len(sequence.token_ids)]
-            else:
-                assert sequence.token_ids == said
-                assert (sequence.finish_reason is FinishReason.STOP) == (said[-1] == STOP)
+    def ask(self) -> tuple[Sequence, int]:
+        """What the device will say; past a stop, or where nothing is wanted, anything."""
+        token = self.said[self.asked] if self.asked < len(self.said) else 999
+        self.asked = min(self.asked + 1, self.wanted)
+        return self.sequence, token
 
-    def arrive(self, number: int, arrival: Arrival) -> list[Sequence]:
-        params = SamplingParams(max_tokens=arrival.max_tokens, n=arrival.n)
-        request = Request(str(number), tuple(range(arrival.prompt)), params, seed=0)
-        sequences = self.scheduler.add(request)
-        assert [sequence.sample_index for sequence in sequences] == list(range(arrival.n))
-        self.waiting.extend(sequences)
-        for s in sequences:
-            self.scripts[s] = script(request, s.sample_index, self.scenario.context, arrival.stop_every)
-        return sequences
 
-    def leave(self, sequences: list[Sequence]) -> None:
-        for sequence in sequences:
-            if sequence.finish_reason is None:
-                self.scheduler.finish(sequence, FinishReason.ABORT)
-                self.end(sequence)
+class Device:
+    """The slots of all pools, and who runs in them."""
 
-    def end(self, sequence: Sequence) -> None:
-        self.ended[sequence] += 1
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        self.slots = {at: slot for at, slot in self.slots.items() if slot.sequence is not sequence}
+    def __init__(self, scenario: Scenario) -> None:
+        self.pools = scenario.buckets().pools
+        self.context = scenario.context
+        self.max_num_seqs = scenario.max_num_seqs
+        self.prefix_caching = scenario.prefix_caching
+        self.memory: defaultdict[Place, Memory] = defaultdict(Memory)
+        self.running: dict[Place, Running] = {}
+        self.pending: list[Running] = []  # whose prompt is not yet computed, by admission
+        self.clock = 0
 
-    def step(self) -> None:
-        ready, can_prefill, can_move = self.ready(), self.can_prefill(), self.can_move()
-        plan = self.scheduler.schedule()
-        self.calls += 1
-        match plan:
-            case Prefill():
-                assert not (self.last_kind is Prefill and ready), "decoding sequences wait for a second chunk"
-                self.prefill(plan)
-            case Decode():
-                assert not (self.last_kind is Decode and can_prefill), "a prompt waits for a second step"
-                self.decode(plan, ready)
-            case Move():
-                assert can_move
-                self.move(plan)
-            case None:
-                assert not (ready or can_prefill or can_move), "idle although something could run"
-                assert self.in_flight or not self.scheduler.has_work, "waits for nothing"
-        if isinstance(plan, Prefill | Decode):
-            self.last_kind = type(plan)
-        early = self.scenario.reads_early[self.calls % len(self.scenario.reads_early)]
-        if self.in_flight and (plan is None or early or len(self.in_flight) > 1):
-            self.read()
+    @property
+    def most_tiles(self) -> int:
+        return max(max(pool.tiles) for pool in self.pools)
 
-    def read(self) -> None:
-        for sequence, token in self.in_flight.popleft():
-            had_ended = sequence.finish_reason is not None
-            taken = self.scheduler.commit(sequence, [token], {STOP})
-            assert taken == ([] if had_ended else [token])
-            if sequence.finish_reason is not None and not had_ended:
-                self.end(sequence)
+    def tiles_left(self, pool: int | None = None) -> int:
+        """Tiles of all prompts, or of a pool's, that are not yet computed."""
+        pending = [r for r in self.pending if pool is None or r.at[0] == pool]
+        return sum(-(-(r.sequence.prompt_length - len(self.memory[r.at].tokens)) // TILE) for r in pending)
 
-    def ready(self) -> set[tuple[int, int]]:
-        """Slots whose sequence could take a step."""
-        return {
-            (pool, slot)
-            for (pool, slot), held in self.slots.items()
-            if self.wants_step(held) and len(held.cached) < self.pools[pool].capacity
-        }
+    def free(self, pool: int) -> list[int]:
+        """Free slots of the lowest rows that a step may compute."""
+        free = [slot for slot in range(self.pools[pool].slots) if (pool, slot) not in self.running]
+        rows = min((rows for rows in self.pools[pool].rows if free and rows > free[0]), default=0)
+        return [slot for slot in free if slot < rows]
 
-    def wants_step(self, held: Slot) -> bool:
-        sequence = held.sequence
-        room = self.scenario.context - sequence.prompt_length
-        return 0 < held.asked < min(sequence.request.params.max_tokens or room, room)
-
-    def can_prefill(self) -> bool:
-        if any(not held.asked for held in self.slots.values()):
-            return True
-        return bool(self.waiting) and self.place_of(self.waiting[0]) is not None
-
-    def place_of(self, sequence: Sequence) -> tuple[int, int] | None:
-        """The lowest free slot of the smallest pool that fits the prompt and a token, if one more may run."""
-        if len(self.slots) >= self.scenario.most_running:
+    def pool_for(self, sequence: Sequence) -> int | None:
+        """The smallest pool with room that fits the prompt and, if one is wanted, a token more."""
+        if len(self.running) >= self.max_num_seqs:
             return None
-        for pool, shape in enumerate(self.pools):
-            for slot in range(shape.slots):
-                if shape.capacity > sequence.prompt_length and (pool, slot) not in self.slots:
-                    return pool, slot
-        return None
+        needed = sequence.prompt_length + (sequence.request.params.max_tokens != 0)
+        fitting = (i for i, pool in enumerate(self.pools) if pool.capacity >= needed)
+        return next((i for i in fitting if self.free(i)), None)
 
-    def can_move(self) -> bool:
-        """Whether a sequence has filled its slot and the next pool has room."""
-        return any(
-            self.has_filled(pool, held) and self.free_slots(pool + 1)
-            for (pool, _), held in self.slots.items()
-        )
+    def ready(self) -> set[Place]:
+        """Slots whose sequence could take a step."""
+        return {r.at for r in self.running.values() if r.wants_step and not self.is_full(r.at)}
 
-    def has_filled(self, pool: int, held: Slot) -> bool:
-        return self.wants_step(held) and len(held.cached) == self.pools[pool].capacity
+    def is_full(self, at: Place) -> bool:
+        return len(self.memory[at].tokens) == self.pools[at[0]].capacity
 
-    def free_slots(self, pool: int) -> list[int]:
-        return [i for i in range(self.pools[pool].slots) if (pool, i) not in self.slots]
+    def movers(self) -> list[Running]:
+        """Sequences that want more than their slot holds, below a pool that has room."""
+        filled = [r for r in self.running.values() if r.wants_step and self.is_full(r.at)]
+        for running in filled:
+            running.filled = self.clock if running.filled is None else running.filled
+        return [running for running in filled if self.free(running.at[0] + 1)]
 
-    def prefill(self, plan: Prefill) -> None:
-        at, prompt = (plan.pool, plan.slot), plan.sequence.request.prompt_ids
-        if plan.start == 0:
-            assert self.waiting and self.waiting[0] is plan.sequence, "not in order of arrival"
-            assert at == self.place_of(plan.sequence)
-            self.waiting.popleft()
-            self.slots[at] = Slot(plan.sequence, [])
-        held = self.slots.get(at)
-        assert held is not None and held.sequence is plan.sequence, "a chunk of a sequence that ended"
-        assert plan.start == len(held.cached), "chunks do not follow one another"
-        assert plan.start % BLOCK == 0, "a boundary that depends on more than the prompt"
-        assert plan.tokens == prompt[plan.start : plan.start + BLOCK]
-        assert plan.bucket == min(chunk for chunk in CHUNKS if chunk >= len(plan.tokens))
-        held.cached.extend(plan.tokens)
-        assert len(held.cached) <= self.pools[plan.pool].capacity
-        assert plan.is_last == (len(held.cached) == len(prompt))
-        if plan.is_last:
-            self.dispatch([held])
+    def use(self, at: Place) -> Memory:
+        """The slot's memory, used just now."""
+        self.clock += 1
+        self.memory[at].used = self.clock
+        return self.memory[at]
 
-    def decode(self, plan: Decode, ready: set[tuple[int, int]]) -> None:
+    def release(self, sequence: Sequence) -> None:
+        """The sequence runs no more; what its slot holds stays there."""
+        for running in [r for r in self.running.values() if r.sequence is sequence]:
+            del self.running[running.at]
+            self.use(running.at)
+            if running in self.pending:
+                self.pending.remove(running)
+
+    def forget(self) -> None:
+        for memory in self.memory.values():
+            memory.keep(None, 0)
+
+    def enter(self, sequence: Sequence, said: list[int], copy: Plan | None) -> None:
+        """The sequence holds the slot it should, in which stands all of its prompt that could be reused."""
+        request, pool = sequence.request, self.pool_for(sequence)
+        assert pool is not None, "let in before there is room"
+        free, found = self.free(pool), self.reusable(pool, request)
+        best = max(found.values())
+        assert sequence.reused == best, "reuses more or less than stands there"
+        here = [slot for slot in free if best and found[pool, slot] == best]
+        at = self.oldest(pool, here or free, sequence.pool, sequence.slot)
+        if best and not here:
+            assert isinstance(copy, Copy), "its prefix is elsewhere and not copied"
+            source = copy.from_pool, copy.from_slot
+            assert found.get(source) == best, "copies something else"
+            assert (copy.to_pool, copy.to_slot) == at
+            self.copy(source, at)
+        else:
+            assert copy is None, "copies what nobody needs"
+        self.use(at).keep((request.tenant, request.adapter), best)
+        room = self.context - len(request.prompt_ids)
+        wanted = room if request.params.max_tokens is None else min(request.params.max_tokens, room)
+        self.running[at] = Running(sequence, at, said, wanted, self.clock)
+        self.pending.append(self.running[at])
+
+    def reusable(self, pool: int, request: Request) -> dict[Place, int]:
+        """Of all slots whose content may come to this pool, how much of the prompt they hold."""
+        near = [(p, s) for p in range(max(pool - 1, 0), pool + 1) for s in range(self.pools[p].slots)]
+        return {at: self.memory[at].reusable(request) if self.prefix_caching else 0 for at in near}
+
+    def oldest(self, pool: int, slots: list[int], to_pool: int | None, to_slot: int | None) -> Place:
+        """The place that was taken: one of these slots, that none was used longer ago than."""
+        assert to_pool == pool and to_slot in slots, "not a slot that it should take"
+        at = pool, to_slot
+        assert self.memory[at].used == min(self.memory[pool, slot].used for slot in slots), "not the oldest"
+        return at
+
+    def copy(self, source: Place, target: Place) -> None:
+        held, into = self.memory[source], self.memory[target]
+        into.owner, into.tokens, into.computed = held.owner, list(held.tokens), held.computed
+
+    def prefill(self, plan: Prefill) -> Call:
+        """The first tiles of the pool whose prompt was let in first are computed, as many as pay."""
+        assert self.pending, "nothing to compute"
+        assert self.pending[0].at[0] == plan.pool, "a prompt is overtaken by another pool's"
+        waiting, sizes = self.tiles_left(plan.pool), self.pools[plan.pool].tiles
+        assert plan.rows == max((n for n in sizes if 4 * waiting >= 3 * n), default=min(sizes))
+        assert len(plan.tiles) == min(waiting, plan.rows)
+        call: Call = []
+        for tile in plan.tiles:
+            first = next(r for r in self.pending if r.at[0] == plan.pool)
+            assert tile.sequence is first.sequence, "a prompt is overtaken, or has ended"
+            assert tile.slot == first.at[1]
+            self.compute(first, tile)
+            if tile.is_last:
+                self.pending.remove(first)
+                call.append(first.ask())
+        return call
+
+    def compute(self, running: Running, tile: Tile) -> None:
+        """The slot holds the tile's tokens, after all that stand before them in the prompt."""
+        request, memory = running.sequence.request, self.memory[running.at]
+        assert memory.owner == (request.tenant, request.adapter), "another's tokens stand before"
+        assert tuple(memory.tokens) == request.prompt_ids[: tile.start], "other tokens stand before"
+        assert memory.computed == tile.start, "tokens stand before that decoding wrote"
+        assert tile.start % TILE == 0, "a cut that depends on more than the prompt"
+        assert tile.tokens == request.prompt_ids[tile.start : tile.start + TILE] != ()
+        memory.tokens.extend(tile.tokens)
+        memory.computed = len(memory.tokens)
+        assert memory.computed <= self.pools[running.at[0]].capacity
+        assert tile.is_last == (memory.computed == len(request.prompt_ids))
+
+    def decode(self, plan: Decode) -> Call:
+        """All sequences of the pool that could, and no others, are a token further."""
         pool = self.pools[plan.pool]
-        mine = {slot for at, slot in ready if at == plan.pool}
-        assert mine == {slot for slot, sequence in enumerate(plan.sequences) if sequence is not None}
-        assert plan.rows == len(plan.sequences) == min(rows for rows in pool.rows if rows > max(mine))
-        held = [self.slots[plan.pool, slot] for slot in sorted(mine)]
-        assert [h.sequence for h in held] == [s for s in plan.sequences if s is not None]
-        for h in held:
-            newest = self.scripts[h.sequence]
-            h.cached.append(newest[min(h.asked, len(newest)) - 1])
-            assert len(h.cached) <= pool.capacity, "the device would write past the slot"
-        others = {at for at, _ in ready} - {plan.pool}
-        self.passed_over = Counter({other: self.passed_over[other] + 1 for other in others})
-        assert all(times < len(self.pools) for times in self.passed_over.values()), "a pool starves"
-        self.dispatch(held)
+        ready = {slot for place, slot in self.ready() if place == plan.pool}
+        assert ready == {slot for slot, sequence in enumerate(plan.sequences) if sequence is not None}
+        assert plan.rows == len(plan.sequences) == min(rows for rows in pool.rows if rows > max(ready))
+        call: Call = []
+        for slot in sorted(ready):
+            running, memory = self.running[plan.pool, slot], self.memory[plan.pool, slot]
+            assert running.sequence is plan.sequences[slot]
+            memory.tokens.append(running.said[min(running.asked, len(running.said)) - 1])
+            assert len(memory.tokens) <= pool.capacity, "writes past the slot"
+            call.append(running.ask())
+        return call
 
-    def dispatch(self, held: list[Slot]) -> None:
-        """Each of these is asked for its next token; past a stop the device says anything."""
-        call = []
-        for h in held:
-            said = self.scripts[h.sequence]
-            call.append((h.sequence, said[h.asked] if h.asked < len(said) else 999))
-            h.asked += 1
-        self.in_flight.append(call)
-        assert len(self.in_flight) <= 2
-
-    def move(self, plan: Move) -> None:
-        source, target = (plan.from_pool, plan.from_slot), (plan.to_pool, plan.to_slot)
-        assert self.has_filled(plan.from_pool, self.slots[source])
-        assert plan.to_pool == plan.from_pool + 1
-        assert plan.to_slot == min(self.free_slots(plan.to_pool))
-        self.slots[target] = self.slots.pop(source)
-
-    def most_calls(self) -> int:
-        """Each call begins a chunk, advances a sequence, moves one, or waits for one of these to be read."""
-        work = sum(-(-s.prompt_length // BLOCK) + len(said) + 4 for s, said in self.scripts.items())
-        return 2 * work + 31 * len(self.scenario.arrivals)
+    def move(self, plan: Copy) -> None:
+        """A sequence that filled its slot goes on in the next pool; none that came later went first."""
+        movers = self.movers()
+        moved = next((r for r in movers if r.at == (plan.from_pool, plan.from_slot)), None)
+        assert moved is not None, "moves a sequence that need not"
+        for other in movers:
+            if other.at[0] == plan.from_pool and other.filled is not None:
+                assert moved.since <= other.filled, "a filled sequence starves"
+        target = self.oldest(plan.from_pool + 1, self.free(plan.from_pool + 1), plan.to_pool, plan.to_slot)
+        self.copy(moved.at, target)
+        self.use(target)
+        del self.running[moved.at]
+        self.use(moved.at)
+        moved.at, moved.since, moved.filled = target, self.clock, None
+        self.running[target] = moved

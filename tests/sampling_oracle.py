@@ -10,9 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.params import SamplingParams
-from realm_jax.sampling import SamplingRows, TokenCounts, TokenLogprobs, sample
+from realm_jax.sampling import TokenLogprobs, sample
+from realm_jax.sampling_rows import SamplingRows, TokenCounts
 
-compiled = jax.jit(sample)
+
+@jax.jit
+def compiled(
+    logits: jax.Array, rows: SamplingRows, counts: TokenCounts, positions: jax.Array, active: jax.Array
+) -> tuple[jax.Array, TokenLogprobs]:
+    """`sample`, given what it would count."""
+    return sample(logits, rows, lambda: counts, positions, active)
+
+
+def unseen(rows: int, vocab: int) -> TokenCounts:
+    """Counts of rows that have seen nothing."""
+    return TokenCounts(jnp.zeros((rows, vocab), jnp.bool_), jnp.zeros((rows, vocab), jnp.int32))
+
+
 PROMPT = 10  # tokens before the first one sampled
 ROWS = 240  # of every call of `draw`, so that few programs are compiled
 
@@ -39,7 +53,7 @@ def draw(
 ) -> tuple[np.ndarray, TokenLogprobs]:
     """What `sample` gives for rows that are all active, with inactive ones behind them."""
     R, V = logits.shape
-    counts = TokenCounts.zeros(R, V) if counts is None else counts
+    counts = unseen(R, V) if counts is None else counts
     x, at, active = np.float32(logits), np.int32(positions), np.ones(R, np.bool_)
 
     def padded(leaf: Any) -> jax.Array:

@@ -11,6 +11,7 @@ from conftest import count_compilations
 from tiny import VOCAB, write_model
 
 from realm_jax import LLM, RequestError, SamplingParams, gguf
+from realm_jax.decoding import Autoregressive
 from realm_jax.serving.request import FinishReason, GenerationOutput, Request
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=3)
@@ -255,7 +256,7 @@ def test_a_failed_step_harms_no_later_request(
     expected = said(llm.generate("after", GREEDY)[0])
     other = llm.stream("other", GREEDY)
     next(other)
-    strategy = type(llm.engine._strategy)
+    strategy = Autoregressive
     real = strategy.step
 
     def failing(*arguments: Any) -> object:
@@ -295,4 +296,4 @@ def test_max_num_seqs_is_kept(tiny_model: Path) -> None:
         llm.engine.add_request(Request(f"{i}", (5,) * (100 * i + 1), GREEDY, seed=i))
     while llm.engine.has_work:
         llm.engine.step()
-        assert len(list(llm.engine.scheduler._running())) <= 2
+        assert len(list(llm.engine.scheduler.slots.taken())) <= 2

@@ -14,14 +14,14 @@ PACKAGE = Path(realm_jax.__file__).parent
 ROOT = PACKAGE.parent
 
 FLOORS = {
-    0: {"errors", "config", "ggml", "params", "serving"},  # serving/__init__.py imports nothing
-    1: {"lora", "quant", "nodes", "kernels", "rope", "cache", "sampling"}
+    0: {"errors", "config", "buckets", "ggml", "params", "serving"},  # serving/__init__.py imports nothing
+    1: {"lora", "quant", "nodes", "kernels", "rope", "cache", "sampling", "sampling_rows"}
     | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime"},
     2: {"model", "layers", "weights", "architectures"},
-    3: {"loading", "decoding", "inspection"}
-    | {f"serving.{name}" for name in ("scheduler", "request", "tenants", "transcript")},
-    4: {"serving.engine", "scoring"},
-    5: {"llm", "research", "training", "evaluation"}
+    3: {"loading", "decoding", "inspection", "scoring"}
+    | {f"serving.{name}" for name in ("scheduler", "slots", "request", "tenants", "transcript")},
+    4: {f"serving.{name}" for name in ("engine", "runner", "packing")},
+    5: {"llm", "perplexity", "research", "training", "evaluation", "benchmark"}
     | {f"serving.{name}" for name in ("server", "batch", "bodies", "keys", "metrics")},
     6: {"cli", "__main__"},
 }
@@ -31,15 +31,26 @@ WITHIN_A_FLOOR = {
     ("quant", "kernels"),
     ("nodes", "kernels"),
     ("sampling", "kernels"),
+    ("sampling", "sampling_rows"),
     ("tokenizer", "gguf"),  # Tokenizer.from_gguf
     ("model", "layers"),
     ("weights", "architectures"),
     ("serving.scheduler", "serving.request"),
+    ("serving.scheduler", "serving.slots"),
+    ("serving.slots", "serving.request"),
+    ("serving.engine", "serving.runner"),
+    ("serving.engine", "serving.packing"),
+    ("serving.runner", "serving.packing"),
+    ("perplexity", "llm"),
+    ("buckets", "config"),
+    ("cache", "kernels"),
     ("serving.scheduler", "serving.tenants"),
     ("serving.transcript", "serving.request"),
     ("serving.batch", "llm"),
     ("serving.batch", "serving.bodies"),
     ("serving.bodies", "llm"),
+    ("evaluation", "llm"),
+    ("benchmark", "llm"),
     ("__main__", "cli"),
 } | {(unit, "errors") for unit in FLOORS[0]}
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}

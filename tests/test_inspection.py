@@ -5,7 +5,6 @@ from typing import Any
 
 import gguf as reference
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import write_model
@@ -42,7 +41,7 @@ def test_planned_memory_is_what_the_loaded_model_holds(fixtures: Path, case: str
     with gguf.open(path) as file:
         planned = inspection.describe(file)["memory_bytes"][dtype]
     assert planned["weights"] == resident_bytes(model.params)
-    caches = Transformer(model.config).empty_caches(4, 256, jnp.dtype(dtype))
+    caches = Transformer(model.config).empty_caches(4, 256, dtype)
     assert planned["cache_per_1024_tokens"] == sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
 
 
@@ -112,7 +111,7 @@ def test_describing_a_file_that_lacks_a_tensor_fails(fixtures: Path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_budget_is_what_weights_and_caches_may_take(tiny_model: Path, dtype: str):
     """The least budget that is accepted is what a run holds once all its pools are in use."""
-    options = {"dtype": dtype, "ctx_size": 300, "max_num_seqs": 4}
+    options = {"dtype": dtype, "ctx_size": 1500, "max_num_seqs": 4}
     llm = LLM(tiny_model, **options)
     strategy = Autoregressive(llm.transformer, llm.model.kv_dtype)
     states = [strategy.empty_state(pool) for pool in llm.engine.buckets.pools]

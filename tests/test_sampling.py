@@ -11,7 +11,8 @@ from sampling_oracle import PROMPT, ROWS, compiled, draw, expected, gumbel, rows
 
 from realm_jax.kernels import first_argmax, threshold, top_k
 from realm_jax.params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, SamplingParams
-from realm_jax.sampling import CANDIDATES, SamplingRows, TokenCounts, TokenLogprobs
+from realm_jax.sampling import CANDIDATES, TokenLogprobs
+from realm_jax.sampling_rows import SamplingRows, TokenCounts
 
 COMBINATIONS = [
     SamplingParams(temperature=t, min_p=m, top_k=k, top_p=p)

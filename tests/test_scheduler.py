@@ -1,103 +1,127 @@
 """The scheduler's laws, checked against a pretend device that knows nothing of the scheduler's accounts."""
 
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
-from hypothesis import Phase, given, settings
-from pretend_device import Scenario, Simulation, scenarios
+from broken_schedulers import FAULTS, Fault, broken
+from hypothesis import Phase, example, given, settings
+from scenarios import SCENARIOS, Arrival, Scenario
+from simulation import Simulation, scheduler_of
 
 import realm_jax
-from realm_jax.config import Buckets
-from realm_jax.errors import RequestError
+from realm_jax.buckets import Buckets
+from realm_jax.config import EngineConfig
+from realm_jax.errors import CapacityError, RequestError
 from realm_jax.params import SamplingParams
-from realm_jax.serving.request import FinishReason, Request, Sequence
-from realm_jax.serving.scheduler import Decode, Move, Plan, Scheduler
+from realm_jax.serving.request import FinishReason, Request
+from realm_jax.serving.scheduler import Scheduler
 
 
-def check(scenario: Scenario, kind: type[Scheduler] = Scheduler) -> None:
-    Simulation(scenario, kind(scenario.buckets(), scenario.context)).run()
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch):
+    """The tests' runtime type checks take three quarters of the time here, and there are no shapes."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-@settings(deadline=None, max_examples=150, phases=[Phase.reuse, Phase.generate])
-@given(scenarios())
+def arrival(length: int, max_tokens: int) -> Arrival:
+    return Arrival(
+        wait=0,
+        header=0,
+        shared=0,
+        length=length,
+        before=None,
+        changed=None,
+        max_tokens=max_tokens,
+        score_from=None,
+        n=1,
+        owner=("", None),
+        priority=0,
+        stop_every=10**9,
+        abort_after=None,
+    )
+
+
+CROWDED = Scenario(
+    shapes=((256, 2, (2,), (8,)), (512, 1, (1,), (8,))),
+    unused=0,
+    edge=64,
+    max_num_seqs=100,
+    max_queue=None,
+    prefix_caching=True,
+    arrivals=(arrival(300, 100), arrival(100, 20), arrival(255, 50), arrival(255, 50)),
+    loses_before=None,
+    reads_early=(False,),
+)
+"""The third and then the fourth fill their slots, while the first holds the only larger one."""
+
+
+@settings(deadline=None, max_examples=500, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(SCENARIOS)
+@example(CROWDED)
 def test_every_law_holds_in_every_scenario(scenario: Scenario):
-    check(scenario)
+    Simulation(scenario, scheduler_of(scenario)).run()
 
 
-class Leaks(Scheduler):
-    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        if sequence.slot is None or sequence.finish_reason is not None or reason is not FinishReason.STOP:
-            return super().finish(sequence, reason)
-        sequence.finish_reason = reason
-        return None
+@functools.cache
+def many_scenarios() -> tuple[Scenario, ...]:
+    found: list[Scenario] = []
+
+    @settings(deadline=None, max_examples=1200, phases=[Phase.generate], database=None, derandomize=True)
+    @given(SCENARIOS)
+    def draw(scenario: Scenario) -> None:
+        found.append(scenario)
+
+    draw()
+    return CROWDED, *found
 
 
-class Overflows(Scheduler):
-    def _fits_step(self, sequence: Sequence, pool: int) -> bool:
-        return sequence.wants_step and sequence.cached <= self.buckets.pools[pool].capacity
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_scheduler_is_found(fault: Fault):
+    with pytest.raises(AssertionError):
+        for scenario in many_scenarios():
+            Simulation(scenario, broken(fault, scenario)).run()
 
 
-class PromptsFirst(Scheduler):
-    def schedule(self) -> Plan | None:
-        self._prefill_is_next = True
-        return super().schedule()
+def scheduler(*, max_queue: int | None = None) -> Scheduler:
+    return Scheduler(Buckets.plan(100, EngineConfig(max_num_seqs=4)), 100, max_queue=max_queue)
 
 
-class NeverMoves(Scheduler):
-    def _move(self) -> Move | None:
-        return None
+def request(length: int, **params: int) -> Request:
+    return Request("r", tuple(range(length)), SamplingParams(**params), seed=0)  # pyright: ignore
 
 
-class Crowds(Scheduler):
-    def _running(self) -> Iterator[Sequence]:
-        yield from list(super()._running())[:2]
-
-
-class FirstPoolFirst(Scheduler):
-    def _decode(self) -> Decode | None:
-        self._next_pool = 0
-        return super()._decode()
-
-
-class ForgetsPrefill(Scheduler):
-    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._prefilling, kept = None, self._prefilling
-        super().finish(sequence, reason)
-        self._prefilling = None if kept is not None and kept.request.id == "0" else kept
-
-
-BROKEN = [Leaks, Overflows, PromptsFirst, NeverMoves, Crowds, FirstPoolFirst, ForgetsPrefill]
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_scheduler_is_found(kind: type[Scheduler]):
-    @settings(deadline=None, max_examples=300, phases=[Phase.generate], database=None, derandomize=True)
-    @given(scenarios())
-    def search(scenario: Scenario) -> None:
-        check(scenario, kind)
-
-    with pytest.raises((AssertionError, ExceptionGroup)):
-        search()
-
-
-@pytest.mark.parametrize("length", [0, 100, 101, 5120])
-def test_a_prompt_that_does_not_fit_is_refused_by_name(length: int):
-    scheduler = Scheduler(Buckets.plan(100, 4), 100)
+@pytest.mark.parametrize(("length", "max_tokens"), [(0, None), (100, None), (100, 1), (101, 0), (5120, 9)])
+def test_a_prompt_that_does_not_fit_is_refused_by_name(length: int, max_tokens: int | None):
+    refuses = scheduler()
+    params = SamplingParams(max_tokens=max_tokens)
     with pytest.raises(RequestError, match="prompt is (empty|" + f"{length:,} tokens; the context is 100 )"):
-        scheduler.add(Request("r", tuple(range(length)), SamplingParams(), seed=0))
-    assert not scheduler.has_work
+        refuses.add(Request("r", tuple(range(length)), params, seed=0))
+    assert not refuses.has_work
+
+
+def test_a_prompt_that_is_only_scored_may_fill_the_context():
+    assert len(scheduler().add(request(100, max_tokens=0, prompt_logprobs=0))) == 1
+
+
+def test_a_full_queue_is_refused_with_its_limit_and_keeps_what_it_had():
+    full = scheduler(max_queue=2)
+    full.add(request(3, n=6))
+    with pytest.raises(CapacityError, match="6 sequences wait and max_queue is 2; "):
+        full.add(request(3))
+    assert full.num_waiting == 6
 
 
 def test_ending_twice_changes_nothing():
-    scheduler = Scheduler(Buckets.plan(100, 4), 100)
-    (sequence,) = scheduler.add(Request("r", (1, 2), SamplingParams(), seed=0))
-    scheduler.finish(sequence, FinishReason.ABORT)
-    scheduler.finish(sequence, FinishReason.STOP)
+    ends = scheduler()
+    (sequence,) = ends.add(request(2))
+    ends.finish(sequence, FinishReason.ABORT)
+    ends.finish(sequence, FinishReason.STOP)
     assert sequence.finish_reason is FinishReason.ABORT
-    assert scheduler.commit(sequence, [5], ()) == []
+    assert ends.commit(sequence, [5], ()) == []
 
 
 def test_the_scheduler_loads_no_jax():

@@ -9,6 +9,7 @@ import pytest
 from tiny import VOCAB
 
 from realm_jax import LLM, RequestError
+from realm_jax.perplexity import perplexities
 
 rng = random.Random(0)
 
@@ -85,7 +86,7 @@ def test_wrong_scores(llm: LLM) -> None:
         with pytest.raises(RequestError, match=message):
             llm.score(prompts, continuations)
     with pytest.raises(RequestError, match="one window is 512"):
-        next(llm.scorer.perplexities([5] * 500, window=512))
+        next(perplexities(llm, [5] * 500, window=512))
 
 
 @pytest.mark.slow
@@ -96,5 +97,5 @@ def test_perplexity_is_llama_cpps(fixtures: Path, default_model: Path, dtype: st
     llm = LLM(default_model, dtype=dtype, ctx_size=512)
     ids = llm.tokenizer.encode((fixtures / "smollm2" / "gpl-3.txt").read_text())
     windows = len(expected) if dtype == "float32" else 6
-    running = list(llm.scorer.perplexities(ids[: windows * 512], window=512))
+    running = list(perplexities(llm, ids[: windows * 512], window=512))
     np.testing.assert_allclose(running, expected[:windows], rtol=bound)

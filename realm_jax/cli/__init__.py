@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 import typer
 
 from realm_jax import __version__
-from realm_jax.cli import batch, chat, doctor, generate, inspect, models, perplexity, tokenize
+from realm_jax.cli import batch, bench, chat, doctor, generate, inspect, models, perplexity, score, tokenize
+from realm_jax.cli import eval as evaluation
 from realm_jax.cli.flags import Run, command
 from realm_jax.errors import RealmError, RequestError
 
@@ -28,6 +29,9 @@ app.command("chat")(command(chat.chat))
 app.command("tokenize")(command(tokenize.tokenize))
 app.command("batch")(command(batch.batch))
 app.command("perplexity")(command(perplexity.perplexity))
+app.command("score")(command(score.score))
+app.command("eval", context_settings={"ignore_unknown_options": True})(command(evaluation.evaluate))
+app.command("bench")(command(bench.bench))
 app.command("inspect")(command(inspect.inspect))
 app.command("doctor")(command(doctor.doctor))
 app.add_typer(models.app, name="models")

@@ -26,7 +26,8 @@ def doctor(
     import jax
 
     from realm_jax import hub, runtime
-    from realm_jax.config import Buckets, EngineConfig
+    from realm_jax.buckets import Buckets
+    from realm_jax.config import EngineConfig
 
     config = EngineConfig(ctx_size=ctx_size, device=device)
     runtime.configure(config, hub.cache_dir())
@@ -46,7 +47,7 @@ def doctor(
         "cache": str(hub.cache_dir()),
         "compile_cache": str(jax.config.values["jax_compilation_cache_dir"]),
         "default_model": str(default) if default else "not downloaded (realm models pull)",
-        "programs": Buckets.plan(ctx_size or 4096, config.max_num_seqs).programs(),
+        "programs": Buckets.plan(ctx_size or 4096, config).programs(),
     }
     if as_json:
         print(json.dumps(facts))

@@ -7,6 +7,7 @@ from realm_jax.cli.flags import flag
 from realm_jax.errors import RequestError
 
 DTypeName = Literal["auto", "bfloat16", "float32"]
+KVName = Literal["auto", "bfloat16", "float32", "int8"]
 FROM_FILE = "{} or the file's"
 
 Model = Annotated[
@@ -91,7 +92,14 @@ class EngineFlags:
     ] = None
     dtype: Annotated[DTypeName, flag("--dtype", "Arithmetic.")] = "auto"
     weights: Annotated[Literal["auto", "dense"], flag("--weights", "Storage of weights.")] = "auto"
-    kv_dtype: Annotated[DTypeName, flag("--kv-dtype", "Storage of the KV cache.")] = "auto"
+    kv_dtype: Annotated[KVName, flag("--kv-dtype", "Storage of the KV cache.")] = "auto"
+    deterministic: Annotated[
+        bool,
+        flag(
+            "--deterministic",
+            "The same bits whatever runs beside a request, on every backend (on CPU that is so anyway).",
+        ),
+    ] = False
     offline: Offline = False
 
 

@@ -29,15 +29,16 @@ def perplexity(
     text = read_text(file)
 
     from realm_jax.cli.session import Status, open_model
+    from realm_jax.perplexity import perplexities
 
     status = Status()
     window = engine.ctx_size or WINDOW
-    llm = open_model(dataclasses.replace(engine, ctx_size=window), status, max_num_seqs=1)
+    llm = open_model(dataclasses.replace(engine, ctx_size=window), status, max_num_seqs=4)
     tokenizer = llm.tokenizer
     ids = tokenizer.encode(text, add_special=True)
     bos = tokenizer.bos_id if tokenizer.add_bos else None
     running = []
-    for value in llm.scorer.perplexities(ids, window=window, bos=bos):
+    for value in perplexities(llm, ids, window=window, bos=bos):
         running.append(value)
         print(f"window {len(running)} of {len(ids) // window}: {value:.4f}", file=sys.stderr)
     if as_json:

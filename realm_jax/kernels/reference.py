@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from realm_jax.config import BLOCK, MIN_ROWS
+from realm_jax.config import MIN_ROWS
 
 
 def row_sum(x: Float[Array, "*lead n"]) -> Float[Array, "*lead"]:
@@ -34,7 +34,7 @@ def matmul(x: Float[Array, "*lead I"], weight: Float[Array, "O I"]) -> Float[Arr
     """
     flat = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
     y = jax.lax.dot_general(
-        _pad_axis(flat, 0, MIN_ROWS),
+        pad_axis(flat, 0, MIN_ROWS),
         weight,
         (((1,), (1,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
@@ -55,24 +55,32 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Causal attention of each query to the cache positions up to its own, in float32.
 
-    A query at position p sees positions max(0, p - window + 1) .. p. Query heads that share a kv head
-    are stacked into one product. The sum over C runs in blocks of `BLOCK`, so that a larger capacity
-    gives the same bits.
+    A query at position p sees positions max(0, p - window + 1) .. p. The plain formula, differentiable.
     """
-    B, T, N, H = q.shape
+    T, N = q.shape[1:3]
     K, C = k.shape[1:3]
-    group = N // K
-    stacked = q.reshape(B, T, K, group, H).transpose(0, 2, 3, 1, 4).reshape(B, K, group * T, H)
-    stacked = _pad_axis(stacked.astype(k.dtype), 2, MIN_ROWS)
-    at = _pad_axis(jnp.tile(positions, (1, group)), 1, MIN_ROWS)
-
-    scores = _product("bkmh,bkch->bkmc", stacked, k) * scale
+    stacked = stack_heads(q, K).astype(k.dtype)
+    at = jnp.tile(positions, (1, N // K))
+    scores = product("bkmh,bkch->bkmc", stacked, k) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(_visible(at, C, window)[:, None], scores, -1e30)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    out = _weighted_values(weights.astype(v.dtype), v) / row_sum(weights)[..., None]
-    return out[:, :, : group * T].reshape(B, K, group, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    out = product("bkmc,bkch->bkmh", weights.astype(v.dtype), v) / row_sum(weights)[..., None]
+    return unstack_heads(out, T)
+
+
+def stack_heads(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K M H"]:
+    """The queries that share a kv head, as the rows of one product."""
+    B, T, N, H = q.shape
+    group = N // kv_heads
+    return q.reshape(B, T, kv_heads, group, H).transpose(0, 2, 3, 1, 4).reshape(B, kv_heads, group * T, H)
+
+
+def unstack_heads(out: Float[Array, "B K M H"], T: int) -> Float[Array, "B T N H"]:
+    """`stack_heads` undone, for T tokens."""
+    B, K, M, H = out.shape
+    return out.reshape(B, K, M // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, H)
 
 
 def _visible(at: Int[Array, "B M"], capacity: int, window: int | None) -> Array:
@@ -81,25 +89,12 @@ def _visible(at: Int[Array, "B M"], capacity: int, window: int | None) -> Array:
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-def _weighted_values(weights: Float[Array, "B K M C"], v: Float[Array, "B K C H"]) -> Float[Array, "B K M H"]:
-    """`weights @ v`, block by block, the blocks added by halving."""
-    B, K, M, C = weights.shape
-    blocks = C // BLOCK
-    if blocks == 1:
-        return _product("bkmc,bkch->bkmh", weights, v)
-    parts = _product(
-        "bkmnc,bknch->bknmh",
-        weights.reshape(B, K, M, blocks, BLOCK),
-        v.reshape(B, K, blocks, BLOCK, v.shape[-1]),
-    )
-    return row_sum(jnp.moveaxis(parts, 2, -1))
-
-
-def _product(equation: str, a: Array, b: Array) -> Array:
+def product(equation: str, a: Array, b: Array) -> Array:
+    """The einsum in float32."""
     return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def _pad_axis(x: Array, axis: int, least: int) -> Array:
+def pad_axis(x: Array, axis: int, least: int) -> Array:
     """`x` with zeros appended until `axis` has `least` entries."""
     missing = least - x.shape[axis]
     if missing <= 0:

@@ -8,6 +8,7 @@ from realm_jax.errors import RequestError, UnsupportedError
 from realm_jax.llm import LLM
 from realm_jax.params import SamplingParams
 from realm_jax.serving.request import GenerationOutput, TokenLogprob
+from realm_jax.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SAMPLING = (
@@ -24,10 +25,11 @@ SAMPLING = (
     "stop",
     "stop_token_ids",
     "ignore_eos",
+    "prompt_logprobs",
     "n",
 )
 IGNORED = ("model", "user", "metadata", "store")  # they change no answer
-HARMLESS = {"stream": False, "echo": False, "suffix": None, "best_of": 1, "tools": None, "tool_choice": None}
+HARMLESS = {"stream": False, "suffix": None, "best_of": 1, "tools": None, "tool_choice": None}
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Task:
     prompt: str | list[int] | None
     messages: list[dict[str, Any]] | None
     params: SamplingParams
+    echo: bool = False  # the answer begins with the prompt
 
     def prompt_ids(self, llm: LLM) -> list[int]:
         """The tokens to continue. Raises RequestError for messages that the template refuses."""
@@ -62,7 +65,7 @@ def read_body(url: object, body: Mapping[str, Any]) -> Task:
     """The task of a request body to one of the two URLs."""
     if url not in (COMPLETIONS, CHAT):
         raise UnsupportedError(f"url is {url!r}; supported: {COMPLETIONS}, {CHAT}")
-    own = ("messages", "max_completion_tokens", "top_logprobs") if url == CHAT else ("prompt",)
+    own = ("messages", "max_completion_tokens", "top_logprobs") if url == CHAT else ("prompt", "echo")
     known = {*SAMPLING, *IGNORED, *HARMLESS, *own, "logprobs", "logit_bias"}
     if unknown := sorted(body.keys() - known):
         raise UnsupportedError(f"unknown field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
@@ -73,7 +76,9 @@ def read_body(url: object, body: Mapping[str, Any]) -> Task:
     prompt = _prompt(body.get("prompt")) if url == COMPLETIONS else None
     if url == CHAT and messages is None:
         raise RequestError("messages is missing")
-    return Task(str(url), prompt, messages, _params(url == CHAT, body))
+    if not isinstance(echo := body.get("echo") or False, bool):
+        raise RequestError(f"echo is {echo!r}; it must be true or false")
+    return Task(str(url), prompt, messages, _params(url == CHAT, body), echo)
 
 
 def _params(is_chat: bool, body: Mapping[str, Any]) -> SamplingParams:
@@ -87,6 +92,8 @@ def _params(is_chat: bool, body: Mapping[str, Any]) -> SamplingParams:
             given["logprobs"] = body.get("top_logprobs") or 0
     elif body.get("logprobs") is not None:
         given["logprobs"] = body["logprobs"]
+        if body.get("echo"):
+            given["prompt_logprobs"] = body["logprobs"]
     if (bias := body.get("logit_bias")) is not None:
         if not isinstance(bias, dict) or not all(str(token).isdecimal() for token in bias):
             raise RequestError("logit_bias must be an object of token ids and numbers")
@@ -111,13 +118,13 @@ def _messages(value: object) -> list[dict[str, Any]]:
 def response_body(task: Task, outputs: list[GenerationOutput], llm: LLM) -> dict[str, Any]:
     """The body that answers a task, all samples of it."""
     ordered = sorted(outputs, key=lambda output: output.sample_index)
-    choice = _chat_choice if task.url == CHAT else _completion_choice
+    choice = _chat_choice if task.url == CHAT else _echoed_choice if task.echo else _completion_choice
     prompt_tokens = ordered[0].usage.prompt_tokens
     completion_tokens = sum(output.usage.completion_tokens for output in ordered)
     return {
         "object": "chat.completion" if task.url == CHAT else "text_completion",
         "model": llm.model.path.name,
-        "choices": [choice(output, llm.tokenizer.token_text) for output in ordered],
+        "choices": [choice(output, llm.tokenizer) for output in ordered],
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -126,28 +133,47 @@ def response_body(task: Task, outputs: list[GenerationOutput], llm: LLM) -> dict
     }
 
 
-TokenText = Callable[[int], str]
-
-
-def _completion_choice(output: GenerationOutput, text_of: TokenText) -> dict[str, Any]:
-    logprobs = None
-    if output.logprobs is not None:
-        logprobs = {
-            "tokens": [text_of(each["token_id"]) for each in output.logprobs],
-            "token_logprobs": [each["logprob"] for each in output.logprobs],
-            "top_logprobs": [
-                {text_of(int(token)): value for token, value in each["top"]} for each in output.logprobs
-            ],
-        }
-    return {
+def _completion_choice(output: GenerationOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+    text_of = tokenizer.token_text
+    choice: dict[str, Any] = {
         "index": output.sample_index,
         "text": output.text,
-        "logprobs": logprobs,
+        "logprobs": None,
         "finish_reason": str(output.finish_reason),
     }
+    if output.logprobs is not None:
+        choice["logprobs"] = {
+            "tokens": [text_of(each["token_id"]) for each in output.logprobs],
+            "token_logprobs": [each["logprob"] for each in output.logprobs],
+            "top_logprobs": [_top(each, text_of) for each in output.logprobs],
+        }
+    if output.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = output.prompt_logprobs
+    return choice
 
 
-def _chat_choice(output: GenerationOutput, text_of: TokenText) -> dict[str, Any]:
+def _echoed_choice(output: GenerationOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A completion with its prompt before it, as OpenAI's `echo` has it."""
+    choice = _completion_choice(output, tokenizer)
+    choice["text"] = tokenizer.decode(output.prompt_token_ids) + choice["text"]
+    prompt = choice.pop("prompt_logprobs", None)
+    if (known := choice["logprobs"]) is not None and prompt is not None:
+        text_of = tokenizer.token_text
+        known["tokens"] = [text_of(i) for i in output.prompt_token_ids] + known["tokens"]
+        values = [None if each is None else each["logprob"] for each in prompt]
+        known["token_logprobs"] = values + known["token_logprobs"]
+        tops = [None if each is None else _top(each, text_of) for each in prompt]
+        known["top_logprobs"] = tops + known["top_logprobs"]
+    return choice
+
+
+def _top(each: TokenLogprob, text_of: Callable[[int], str]) -> dict[str, float]:
+    return {text_of(int(token)): value for token, value in each["top"]}
+
+
+def _chat_choice(output: GenerationOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+    text_of = tokenizer.token_text
+
     def entry(token: int, value: float) -> dict[str, Any]:
         text = text_of(token)
         return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace"))}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypedDict
 
+from realm_jax.config import TILE
 from realm_jax.params import SamplingParams
 
 
@@ -14,6 +15,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end token, a stop token or a stop string
     LENGTH = "length"  # max_tokens, or the context's end
     ABORT = "abort"
+    TIMEOUT = "timeout"  # the request's own
 
 
 class TokenLogprob(TypedDict):
@@ -24,15 +26,42 @@ class TokenLogprob(TypedDict):
     top: list[list[int | float]]
 
 
+class PromptLogprob(TokenLogprob):
+    """A prompt token's, given those before it; is_greedy: whether no other token is likelier."""
+
+    is_greedy: bool
+
+
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to continue it. A seed is always set here: None was drawn before."""
+    """A prompt and how to continue it. A seed is always set here: None was drawn before.
+
+    priority: a smaller one is let in first (vLLM's meaning). timeout: seconds from its arrival after which
+    it ends with what it has. score_from: the first prompt token whose log-probability is wanted, where
+    `params.prompt_logprobs` asks for them. tenant, adapter: what is computed of prompts is shared only
+    where both agree.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
+    priority: int = 0
+    timeout: float | None = None
+    score_from: int = 1
+    tenant: str = ""
+    adapter: str | None = None
     arrival: float = field(default_factory=time.perf_counter)
+
+    @property
+    def owner(self) -> tuple[str, str | None]:
+        return self.tenant, self.adapter
+
+    @property
+    def reusable(self) -> int:
+        """Leading prompt tokens that need not be computed if they were before: what follows is needed."""
+        last = len(self.prompt_ids) - 1
+        return last if self.params.prompt_logprobs is None else min(last, max(self.score_from - 1, 0))
 
 
 @dataclass(frozen=True)
@@ -41,6 +70,7 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt, reused from earlier ones
 
 
 @dataclass(frozen=True)
@@ -61,6 +91,7 @@ class GenerationOutput:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
+    prompt_logprobs: list[PromptLogprob | None] | None  # None where not wanted, or nothing stands before
     finish_reason: FinishReason
     seed: int
     usage: Usage
@@ -92,6 +123,7 @@ class Sequence:
     pool: int | None = None
     slot: int | None = None
     prefilled: int = 0
+    reused: int = 0  # of these, not computed for this sequence
     dispatched: int = 0
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -104,6 +136,11 @@ class Sequence:
     @property
     def is_prefilled(self) -> bool:
         return self.prefilled == self.prompt_length
+
+    @property
+    def tiles_left(self) -> int:
+        """Tiles of the prompt that have not been dispatched."""
+        return -(-(self.prompt_length - self.prefilled) // TILE)
 
     @property
     def cached(self) -> int:

@@ -1,31 +1,42 @@
 """Decides what the device does next. Plain Python: no JAX, no I/O, no clock.
 
-Sequences wait in order of arrival, take the lowest free slot of the smallest pool that fits their prompt,
-are prefilled in chunks whose boundaries depend on the request alone, then decode with all others of their
-pool. One that fills its pool's capacity moves up to the next pool. Prefill and decode take turns.
+Sequences wait by priority, then in order of arrival. One that is let in takes a slot of the smallest pool
+that fits its prompt; tiles of the prompt that another slot holds are copied, the rest is prefilled, several
+prompts in one call, cut at multiples of `TILE` whatever runs beside it. Then it decodes with all others of
+its pool, and moves up to the next pool when it has filled its slot. Prefill and decode take turns, so that
+running sequences wait for one prefill call at most between steps, and prompts for one step between calls.
 """
 
-from collections import deque
+import heapq
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
-from realm_jax.config import BLOCK, Buckets
-from realm_jax.errors import RequestError
+from realm_jax.buckets import Buckets
+from realm_jax.config import TILE
+from realm_jax.errors import CapacityError, RequestError
 from realm_jax.serving.request import FinishReason, Request, Sequence
+from realm_jax.serving.slots import Slot, Slots
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Up to `TILE` tokens of one prompt, from `start` on."""
+
+    sequence: Sequence
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    is_last: bool
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """A chunk of one prompt: its tokens from `start` on, padded to `bucket`."""
+    """A call of `rows` tiles, of which these are real; a prompt's own stand in order."""
 
-    sequence: Sequence
     pool: int
-    slot: int
-    start: int
-    tokens: tuple[int, ...]
-    bucket: int
-    is_last: bool
+    rows: int
+    tiles: tuple[Tile, ...]
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,8 @@ class Decode:
 
 
 @dataclass(frozen=True)
-class Move:
-    """A sequence has filled its slot and goes on in a larger pool."""
+class Copy:
+    """What a slot holds also stands in another, of the same pool or the next larger one."""
 
     from_pool: int
     from_slot: int
@@ -47,48 +58,62 @@ class Move:
     to_slot: int
 
 
-Plan = Prefill | Decode | Move
+Plan = Prefill | Decode | Copy
 
 
 class Scheduler:
     """Owns the slots of all pools and the order of work."""
 
-    def __init__(self, buckets: Buckets, context: int) -> None:
+    def __init__(
+        self, buckets: Buckets, context: int, *, max_queue: int | None = None, prefix_caching: bool = True
+    ) -> None:
         self.buckets = buckets
         self.context = context
-        self._slots: list[list[Sequence | None]] = [[None] * pool.slots for pool in buckets.pools]
-        self._waiting: deque[Sequence] = deque()
-        self._prefilling: Sequence | None = None
+        self.slots = Slots(buckets)
+        self._max_queue = max_queue
+        self._prefix_caching = prefix_caching
+        self._waiting: list[
+            tuple[int, int, Sequence]
+        ] = []  # a heap; ended ones are dropped when they come up
+        self.num_waiting = 0  # sequences without a slot
+        self._num_added = 0
+        self._prefilling: list[Sequence] = []  # by admission
         self._next_pool = 0
         self._prefill_is_next = True
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting) or any(self._running())
+        return self.num_waiting > 0 or any(self.slots.taken())
 
     def add(self, request: Request) -> list[Sequence]:
         """The request waits as `n` sequences.
 
-        Raises RequestError if the prompt is empty or does not leave room for one token.
+        Raises RequestError if the prompt is empty or does not leave room for one token, CapacityError if
+        too many wait.
         """
-        length = len(request.prompt_ids)
+        length, most = len(request.prompt_ids), request.params.max_tokens
         if not length:
             raise RequestError("prompt is empty; give at least one token")
-        if length >= self.context:
+        if length + (most != 0) > self.context:
             raise RequestError(
                 f"prompt is {length:,} tokens; the context is {self.context:,} and must hold one more "
                 "(raise --ctx-size)"
             )
+        count = request.params.n
+        self._check_queue(count)
         room = self.context - length
-        new_tokens = min(request.params.max_tokens or room, room)
-        sequences = [Sequence(request, index, new_tokens) for index in range(request.params.n)]
-        self._waiting.extend(sequences)
+        new_tokens = room if most is None else min(most, room)
+        sequences = [Sequence(request, index, new_tokens) for index in range(count)]
+        for sequence in sequences:
+            heapq.heappush(self._waiting, (request.priority, self._num_added, sequence))
+            self._num_added += 1
+        self.num_waiting += count
         return sequences
 
     def schedule(self) -> Plan | None:
         """The next thing to do, counted as dispatched; None while nothing can run."""
-        if (move := self._move()) is not None:
-            return move
+        if (copy := self._move() or self._admit()) is not None:
+            return copy
         order = (self._prefill, self._decode) if self._prefill_is_next else (self._decode, self._prefill)
         for attempt in order:
             if (plan := attempt()) is not None:
@@ -104,14 +129,14 @@ class Scheduler:
         taken: list[int] = []
         stops = frozenset(stop_ids)
         for token in tokens:
-            if sequence.finish_reason is not None:
+            if sequence.finish_reason is not None or len(sequence.token_ids) >= sequence.max_new_tokens:
                 break
             taken.append(token)
             sequence.token_ids.append(token)
             if token in stops:
                 self.finish(sequence, FinishReason.STOP)
-            elif len(sequence.token_ids) >= sequence.max_new_tokens:
-                self.finish(sequence, FinishReason.LENGTH)
+        if len(sequence.token_ids) >= sequence.max_new_tokens:
+            self.finish(sequence, FinishReason.LENGTH)
         return taken
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -119,49 +144,102 @@ class Scheduler:
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
-        if sequence.pool is None or sequence.slot is None:
-            self._waiting.remove(sequence)
+        if (slot := self._slot_of(sequence)) is None:
+            self.num_waiting -= 1
         else:
-            self._slots[sequence.pool][sequence.slot] = None
-        if self._prefilling is sequence:
-            self._prefilling = None
+            self.slots.release(slot)
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
 
-    def _running(self) -> Iterable[Sequence]:
-        return (sequence for slots in self._slots for sequence in slots if sequence is not None)
+    def _check_queue(self, count: int) -> None:
+        if self._max_queue is None:
+            return
+        room = max(self.buckets.max_num_seqs - sum(1 for _ in self.slots.taken()), 0)
+        if self.num_waiting + count > self._max_queue + room:
+            raise CapacityError(
+                f"the queue is full: {self.num_waiting:,} sequences wait and max_queue is "
+                f"{self._max_queue:,}; try again later"
+            )
+
+    def _slot_of(self, sequence: Sequence) -> Slot | None:
+        if sequence.pool is None or sequence.slot is None:
+            return None
+        return self.slots[sequence.pool][sequence.slot]
+
+    def _admit(self) -> Copy | None:
+        """Waiting sequences have slots, as many as the next prefill call can serve.
+
+        Returns the copy of a prefix, if the last of them needs one.
+        """
+        most = max(tiles for pool in self.buckets.pools for tiles in pool.tiles)
+        while self.num_waiting and sum(s.tiles_left for s in self._prefilling) < most:
+            while self._waiting[0][2].finish_reason is not None:
+                heapq.heappop(self._waiting)
+            sequence = self._waiting[0][2]
+            if (free := self._place_for(sequence)) is None:
+                return None
+            heapq.heappop(self._waiting)
+            self.num_waiting -= 1
+            self._prefilling.append(sequence)
+            if (copy := self._begin(sequence, free)) is not None:
+                return copy
+        return None
+
+    def _place_for(self, sequence: Sequence) -> list[Slot] | None:
+        """Free slots of the smallest pool that holds the prompt and, if one is wanted, a token more."""
+        if sum(1 for _ in self.slots.taken()) >= self.buckets.max_num_seqs:
+            return None
+        needed = sequence.prompt_length + (sequence.max_new_tokens > 0)
+        for i, pool in enumerate(self.buckets.pools):
+            if pool.capacity >= needed and (free := self.slots.free(i)):
+                return free
+        return None
+
+    def _begin(self, sequence: Sequence, free: list[Slot]) -> Copy | None:
+        """The sequence holds one of these slots, with all of its prompt that was computed before."""
+        request, target = sequence.request, free[0]
+        source = self.slots.prefix_of(request, target.pool) if self._prefix_caching else None
+        tiles = source.shared_tiles(request) if source is not None else 0
+        if source is not None:  # best is a free slot that holds as much: nothing to copy
+            target = next((slot for slot in free if slot.shared_tiles(request) == tiles), target)
+            source = None if target.shared_tiles(request) == tiles else source
+        self.slots.take(target, sequence, tiles)
+        sequence.prefilled = sequence.reused = tiles * TILE
+        if source is None:
+            return None
+        return Copy(source.pool, source.index, target.pool, target.index)
 
     def _prefill(self) -> Prefill | None:
-        sequence = self._prefilling or self._admit()
-        if sequence is None or sequence.pool is None or sequence.slot is None:
+        """The first tiles of the pool whose prompt came first."""
+        if not self._prefilling or (pool := self._prefilling[0].pool) is None:
             return None
-        start = sequence.prefilled
-        tokens = sequence.request.prompt_ids[start : start + BLOCK]
-        sequence.prefilled += len(tokens)
-        is_last = sequence.is_prefilled
-        sequence.dispatched = int(is_last)
-        self._prefilling = None if is_last else sequence
-        bucket = self.buckets.chunk_for(len(tokens))
-        return Prefill(sequence, sequence.pool, sequence.slot, start, tokens, bucket, is_last)
+        mine = [sequence for sequence in self._prefilling if sequence.pool == pool]
+        rows = self.buckets.pools[pool].tiles_for(sum(sequence.tiles_left for sequence in mine))
+        tiles: list[Tile] = []
+        for sequence in mine:
+            while len(tiles) < rows and not sequence.is_prefilled:
+                tiles.append(self._next_tile(sequence))
+        self._prefilling = [sequence for sequence in self._prefilling if not sequence.is_prefilled]
+        return Prefill(pool, rows, tuple(tiles))
 
-    def _admit(self) -> Sequence | None:
-        """The first waiting sequence, in the smallest pool that holds its prompt and one token more."""
-        if not self._waiting or sum(1 for _ in self._running()) >= self.buckets.max_num_seqs:
-            return None
-        needed = self._waiting[0].prompt_length + 1
-        fitting = (i for i, pool in enumerate(self.buckets.pools) if pool.capacity >= needed)
-        for pool in fitting:
-            if (slot := self._free_slot(pool)) is not None:
-                sequence = self._waiting.popleft()
-                self._place(sequence, pool, slot)
-                return sequence
-        return None
+    def _next_tile(self, sequence: Sequence) -> Tile:
+        start = sequence.prefilled
+        tokens = sequence.request.prompt_ids[start : start + TILE]
+        sequence.prefilled += len(tokens)
+        slot = self._slot_of(sequence)
+        assert slot is not None
+        slot.tiles = sequence.prefilled // TILE  # of a partial tile, decoding overwrites the rest
+        if sequence.is_prefilled:
+            sequence.dispatched = min(sequence.max_new_tokens, 1)
+        return Tile(sequence, slot.index, start, tokens, sequence.is_prefilled)
 
     def _decode(self) -> Decode | None:
         """A step of the next pool, in turn, that has a sequence to advance."""
         count = len(self.buckets.pools)
         for offset in range(count):
             pool = (self._next_pool + offset) % count
-            slots = self._slots[pool]
-            ready = [s if s is not None and self._fits_step(s, pool) else None for s in slots]
+            held = [slot.sequence for slot in self.slots[pool]]
+            ready = [s if s is not None and self._fits_step(s, pool) else None for s in held]
             used = max((i + 1 for i, s in enumerate(ready) if s is not None), default=0)
             if not used:
                 continue
@@ -177,21 +255,15 @@ class Scheduler:
     def _fits_step(self, sequence: Sequence, pool: int) -> bool:
         return sequence.wants_step and sequence.cached < self.buckets.pools[pool].capacity
 
-    def _move(self) -> Move | None:
-        """The first sequence that filled its slot, if the next larger pool has room."""
-        for pool, slots in enumerate(self._slots[:-1]):
-            if (free := self._free_slot(pool + 1)) is None:
+    def _move(self) -> Copy | None:
+        """The first sequence that filled its slot goes on in the next larger pool, if that has room."""
+        for pool in range(len(self.buckets.pools) - 1):
+            if not (free := self.slots.free(pool + 1)):
                 continue
-            for slot, sequence in enumerate(slots):
+            for slot in sorted(self.slots[pool], key=lambda slot: slot.used):  # else the last ones starve
+                sequence = slot.sequence
                 if sequence is not None and sequence.wants_step and not self._fits_step(sequence, pool):
-                    slots[slot] = None
-                    self._place(sequence, pool + 1, free)
-                    return Move(pool, slot, pool + 1, free)
+                    self.slots.take(free[0], sequence, slot.tiles)
+                    self.slots.release(slot)
+                    return Copy(pool, slot.index, pool + 1, free[0].index)
         return None
-
-    def _free_slot(self, pool: int) -> int | None:
-        return next((i for i, held in enumerate(self._slots[pool]) if held is None), None)
-
-    def _place(self, sequence: Sequence, pool: int, slot: int) -> None:
-        self._slots[pool][slot] = sequence
-        sequence.pool, sequence.slot = pool, slot

@@ -7,6 +7,7 @@ import numpy as np
 from realm_jax.serving.request import (
     FinishReason,
     GenerationOutput,
+    PromptLogprob,
     RequestMetrics,
     Sequence,
     TextDelta,
@@ -26,6 +27,9 @@ class Transcript:
         self.stop_ids = frozenset((*ends, *params.stop_token_ids))
         self._text = TextStream(tokenizer, stop=params.stop, continues=True)
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self._prompt_logprobs: list[PromptLogprob | None] | None = None
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs = [None for _ in sequence.request.prompt_ids]
 
     @property
     def met_stop_string(self) -> bool:
@@ -53,6 +57,22 @@ class Transcript:
         pairs = [[int(i), float(p)] for i, p in zip(top_ids[:count], top[:count], strict=True)]
         self._logprobs.append({"token_id": token, "logprob": chosen, "top": pairs})
 
+    def push_prompt(
+        self, first: int, chosen: np.ndarray, is_greedy: np.ndarray, top_ids: np.ndarray, top: np.ndarray
+    ) -> None:
+        """Log-probabilities of the prompt's tokens from index `first` on."""
+        prompt, count = self.sequence.request.prompt_ids, self.sequence.request.params.prompt_logprobs or 0
+        assert self._prompt_logprobs is not None
+        values = zip(chosen.tolist(), is_greedy.tolist(), top_ids.tolist(), top.tolist(), strict=True)
+        for i, (logprob, greedy, ids, tops) in enumerate(values, first):
+            pairs: list[list[int | float]] = [[a, b] for a, b in zip(ids[:count], tops[:count], strict=True)]
+            self._prompt_logprobs[i] = {
+                "token_id": prompt[i],
+                "logprob": logprob,
+                "top": pairs,
+                "is_greedy": greedy,
+            }
+
     def delta(self, text: str, tokens: list[int]) -> TextDelta:
         """These tokens' share of the output, with the whole output if the sequence has ended."""
         request = self.sequence.request
@@ -74,9 +94,10 @@ class Transcript:
             text=self._text.text,
             token_ids=list(sequence.token_ids),
             logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
             finish_reason=sequence.finish_reason,
             seed=request.seed,
-            usage=Usage(len(request.prompt_ids), len(sequence.token_ids)),
+            usage=Usage(len(request.prompt_ids), len(sequence.token_ids), sequence.reused),
             metrics=RequestMetrics(
                 first_token_s=None if first is None else first - request.arrival,
                 finished_s=time.perf_counter() - request.arrival,

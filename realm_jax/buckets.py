@@ -1,0 +1,94 @@
+"""Every shape that an engine compiles: the one place where lengths are padded."""
+
+from dataclasses import dataclass
+
+from realm_jax.config import BLOCK, MIN_ROWS, TILE, EngineConfig
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`slots` sequences of up to `capacity` cached tokens, stepped together.
+
+    rows: how many leading slots a decode step may compute. tiles: how many a prefill call may.
+    """
+
+    capacity: int
+    slots: int
+    rows: tuple[int, ...]
+    tiles: tuple[int, ...]
+
+    def rows_for(self, used: int) -> int:
+        """The smallest compiled number of rows that covers the first `used` slots."""
+        return next(rows for rows in self.rows if rows >= used)
+
+    def tiles_for(self, waiting: int) -> int:
+        """How many tiles a call has, when so many wait: a larger call only if three quarters are used."""
+        return max((t for t in self.tiles if 4 * waiting >= 3 * t), default=self.tiles[0])
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The pools of slots, and the shapes of the calls on them."""
+
+    pools: tuple[Pool, ...]  # by growing capacity; a sequence moves up by one copy
+    max_num_seqs: int  # sequences that run at once, in all pools together
+
+    @classmethod
+    def plan(cls, context: int, config: EngineConfig) -> "Buckets":
+        """Buckets for sequences of up to `context` tokens.
+
+        Attention reads only the blocks that its longest row has filled, so a large capacity costs memory,
+        not time. Few sequences are long: past 1,024 tokens slots shrink as capacity grows.
+        """
+        most = max(config.max_num_batched_tokens // TILE, 1)
+        top = -(-context // BLOCK) * BLOCK
+        capacities = [c for c in (4 * BLOCK, 32 * BLOCK) if c < top]
+        pools = []
+        for capacity in (*capacities, top):
+            slots = max(min(config.max_num_seqs, config.max_num_seqs * 1024 // capacity), MIN_ROWS)
+            fewer = (r for r in (MIN_ROWS, 16) if r < slots)
+            smaller = (t for t in ((1, 4) if not pools else (1,)) if t < most)
+            if config.deterministic:
+                fewer = smaller = ()
+            pools.append(Pool(capacity, slots, (*fewer, slots), (*smaller, most)))
+        return cls(pools=tuple(pools), max_num_seqs=config.max_num_seqs)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that all slots of all pools hold."""
+        return sum(pool.slots * pool.capacity for pool in self.pools)
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Every number of tiles that some pool's call may have."""
+        return tuple(sorted({tiles for pool in self.pools for tiles in pool.tiles}))
+
+    def programs(self) -> list[str]:
+        """The name of every program that an engine of these shapes may compile."""
+        names = []
+        for i, pool in enumerate(self.pools):
+            names += [prefill_name(tiles, pool) for tiles in pool.tiles]
+            names += [decode_name(rows, pool) for rows in pool.rows]
+            sources = (pool, self.pools[i - 1]) if i else (pool,)
+            names += [copy_name(source, pool) for source in sources]
+        return names + [score_name(tiles) for tiles in self.tiles]
+
+
+def prefill_name(tiles: int, pool: Pool) -> str:
+    """What a user reads of a prefill program."""
+    return f"prefill {tiles * TILE} tokens, capacity {pool.capacity}"
+
+
+def decode_name(rows: int, pool: Pool) -> str:
+    """What a user reads of a decode program."""
+    return f"decode {rows} rows, capacity {pool.capacity}"
+
+
+def copy_name(source: Pool, target: Pool) -> str:
+    """What a user reads of the program that copies a slot."""
+    return f"copy from capacity {source.capacity} to {target.capacity}"
+
+
+def score_name(tiles: int) -> str:
+    """What a user reads of the program that scores prompt tokens."""
+    return f"score {tiles * TILE} tokens"

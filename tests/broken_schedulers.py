@@ -1,0 +1,293 @@
+"""Schedulers with one fault each, which the search for a scenario must find."""
+
+import heapq
+from dataclasses import replace
+
+from scenarios import Scenario
+from simulation import scheduler_of
+
+from realm_jax.config import TILE
+from realm_jax.errors import CapacityError
+from realm_jax.serving.request import FinishReason, Request, Sequence
+from realm_jax.serving.scheduler import Copy, Decode, Plan, Prefill, Scheduler, Tile
+from realm_jax.serving.slots import Slot, Slots
+
+
+class Leaks(Scheduler):
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.slot is None or sequence.finish_reason is not None or reason is not FinishReason.STOP:
+            return super().finish(sequence, reason)
+        sequence.finish_reason = reason
+        return None
+
+
+class EndsTwice(Scheduler):
+    """An abort of a sequence that has ended frees whatever holds its slot now."""
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.finish_reason is not None and (slot := self._slot_of(sequence)) is not None:
+            self.slots.release(slot)
+        super().finish(sequence, reason)
+
+
+class ForgetsPrefill(Scheduler):
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        kept = list(self._prefilling)
+        super().finish(sequence, reason)
+        self._prefilling = kept
+
+
+class Overflows(Scheduler):
+    def _fits_step(self, sequence: Sequence, pool: int) -> bool:
+        return sequence.wants_step and sequence.cached <= self.buckets.pools[pool].capacity
+
+
+class PromptsFirst(Scheduler):
+    def schedule(self) -> Plan | None:
+        self._prefill_is_next = True
+        return super().schedule()
+
+
+class StepsFirst(Scheduler):
+    def schedule(self) -> Plan | None:
+        self._prefill_is_next = False
+        return super().schedule()
+
+
+class NeverMoves(Scheduler):
+    def _move(self) -> Copy | None:
+        return None
+
+
+class FirstPoolFirst(Scheduler):
+    def _decode(self) -> Decode | None:
+        self._next_pool = 0
+        return super()._decode()
+
+
+class Crowds(Scheduler):
+    def _place_for(self, sequence: Sequence) -> list[Slot] | None:
+        most, self.buckets = self.buckets, replace(self.buckets, max_num_seqs=1000)
+        try:
+            return super()._place_for(sequence)
+        finally:
+            self.buckets = most
+
+
+class LetsInTooMany(Scheduler):
+    """Prompts get slots long before they can be computed, and miss what those before them compute."""
+
+    def _admit(self) -> Copy | None:
+        prefilling, self._prefilling = self._prefilling, []
+        try:
+            return super()._admit()
+        finally:
+            self._prefilling = prefilling + self._prefilling
+
+
+class IgnoresPriority(Scheduler):
+    def add(self, request: Request) -> list[Sequence]:
+        sequences = super().add(request)
+        self._waiting = [(0, order, sequence) for _, order, sequence in self._waiting]
+        heapq.heapify(self._waiting)
+        return sequences
+
+
+class PassesOver(Scheduler):
+    """Where the first that waits does not fit, the second is let in."""
+
+    def _admit(self) -> Copy | None:
+        live = sorted(each for each in self._waiting if each[2].finish_reason is None)
+        if len(live) > 1 and self._place_for(live[0][2]) is None:
+            self._waiting = [(live[1][0], live[0][1], live[1][2]), (live[1][0], live[1][1], live[0][2])]
+            self._waiting += live[2:]
+            heapq.heapify(self._waiting)
+        return super()._admit()
+
+
+class CountsTheQueueWrong(Scheduler):
+    def _check_queue(self, count: int) -> None:
+        super()._check_queue(count - 1)
+
+
+class RefusesWhileSlotsAreFree(Scheduler):
+    def _check_queue(self, count: int) -> None:
+        if self._max_queue is not None and self.num_waiting + count > self._max_queue:
+            raise CapacityError("the queue is full")
+
+
+class CountsTheAborted(Scheduler):
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        was_waiting = sequence.finish_reason is None and sequence.slot is None
+        super().finish(sequence, reason)
+        self.num_waiting += was_waiting
+
+
+class CutsToFill(Scheduler):
+    """A tile is as long as the call has room, where prompts run side by side."""
+
+    def _next_tile(self, sequence: Sequence) -> Tile:
+        tile = super()._next_tile(sequence)
+        if len(self._prefilling) < 2 or len(tile.tokens) < TILE:
+            return tile
+        sequence.prefilled -= TILE // 2
+        sequence.dispatched = 0
+        return replace(tile, tokens=tile.tokens[: TILE // 2], is_last=False)
+
+
+class PadsMore(Scheduler):
+    def _prefill(self) -> Prefill | None:
+        plan = super()._prefill()
+        return None if plan is None else replace(plan, rows=self.buckets.pools[plan.pool].tiles[-1])
+
+
+class ShortestPromptFirst(Scheduler):
+    def _prefill(self) -> Prefill | None:
+        self._prefilling.sort(key=lambda sequence: sequence.tiles_left)
+        return super()._prefill()
+
+
+class EndsOnlyWithATile(Scheduler):
+    """A prompt that only is scored takes a step when it has been computed."""
+
+    def _next_tile(self, sequence: Sequence) -> Tile:
+        tile = super()._next_tile(sequence)
+        sequence.max_new_tokens = max(sequence.max_new_tokens, 1)
+        return tile
+
+
+class AlwaysReuses(Scheduler):
+    def _begin(self, sequence: Sequence, free: list[Slot]) -> Copy | None:
+        self._prefix_caching = True
+        return super()._begin(sequence, free)
+
+
+class ForgetsToCopy(Scheduler):
+    """A prefix counts as reused, and is not copied."""
+
+    def _begin(self, sequence: Sequence, free: list[Slot]) -> Copy | None:
+        super()._begin(sequence, free)
+
+
+class MovesTheLatest(Scheduler):
+    """A sequence that filled its slot waits for those that came later."""
+
+    def _move(self) -> Copy | None:
+        for source, slots in enumerate(self.slots._pools[:-1]):
+            for slot in sorted(slots, key=lambda slot: -slot.used):
+                sequence, free = slot.sequence, self.slots.free(source + 1)
+                if free and sequence and sequence.wants_step and not self._fits_step(sequence, source):
+                    self.slots.take(free[0], sequence, slot.tiles)
+                    self.slots.release(slot)
+                    return Copy(source, slot.index, source + 1, free[0].index)
+        return None
+
+
+class IgnoresTenant(Slot):
+    def shared_tiles(self, request: Request) -> int:
+        own = self.request or request
+        return super().shared_tiles(replace(request, tenant=own.tenant))
+
+
+class IgnoresAdapter(Slot):
+    def shared_tiles(self, request: Request) -> int:
+        own = self.request or request
+        return super().shared_tiles(replace(request, adapter=own.adapter))
+
+
+class IgnoresScoreFrom(Slot):
+    def shared_tiles(self, request: Request) -> int:
+        return super().shared_tiles(replace(request, params=replace(request.params, prompt_logprobs=None)))
+
+
+class ReusesAll(Slot):
+    """Where a prompt ends with a tile, nothing of it is left to compute."""
+
+    def shared_tiles(self, request: Request) -> int:
+        if request.params.prompt_logprobs is None:
+            request = replace(request, prompt_ids=(*request.prompt_ids, -1))
+        return super().shared_tiles(request)
+
+
+class ReusesPartialTiles(Slot):
+    """A tile that a prompt began counts as a whole one: decoding wrote the rest."""
+
+    def shared_tiles(self, request: Request) -> int:
+        shared = super().shared_tiles(request)
+        mine = () if self.request is None else self.request.prompt_ids
+        if shared and shared == len(mine) // TILE and mine == request.prompt_ids[: len(mine)]:
+            return min(-(-len(mine) // TILE), request.reusable // TILE)
+        return shared
+
+
+class ReusesDecoded(Slots):
+    """What decoding wrote after a prompt counts as computed, too."""
+
+    def release(self, slot: Slot) -> None:
+        if (sequence := slot.sequence) is not None and slot.request is not None and sequence.is_prefilled:
+            ids = (*slot.request.prompt_ids, *sequence.token_ids)
+            slot.request = replace(slot.request, prompt_ids=ids)
+            slot.tiles = max(slot.tiles, sequence.cached // TILE)
+        super().release(slot)
+
+
+class KeepsTheOverwritten(Slots):
+    """A slot remembers the longest prompt that stood in it, though a later one overwrites some of that."""
+
+    def take(self, slot: Slot, sequence: Sequence, tiles: int) -> None:
+        before, stood = slot.request, slot.tiles
+        super().take(slot, sequence, tiles)
+        if before is not None and tiles and stood > tiles:
+            slot.request, slot.tiles = before, stood
+
+
+class Remembers(Slots):
+    """What was lost counts as there."""
+
+    def forget(self) -> None:
+        return
+
+
+class TakesTheLatest(Slots):
+    def free(self, pool: int) -> list[Slot]:
+        return super().free(pool)[::-1]
+
+
+class TakesAnyRow(Slots):
+    """The slot used longest ago is taken wherever it stands, so that steps compute more rows."""
+
+    def free(self, pool: int) -> list[Slot]:
+        free = [slot for slot in self[pool] if slot.sequence is None]
+        return sorted(free, key=lambda slot: slot.used)
+
+
+class LooksInOnePool(Slots):
+    def prefix_of(self, request: Request, pool: int) -> Slot | None:
+        found = super().prefix_of(request, pool)
+        return found if found is not None and found.pool == pool else None
+
+
+class TakesTheFirstFound(Slots):
+    """A prefix is reused, not the longest."""
+
+    def prefix_of(self, request: Request, pool: int) -> Slot | None:
+        pools = self._pools[max(pool - 1, 0) : pool + 1]
+        return next((slot for slots in pools for slot in slots if slot.shared_tiles(request)), None)
+
+
+Fault = type[Scheduler] | type[Slots] | type[Slot]
+FAULTS: list[Fault] = [
+    fault for fault in list(globals().values()) if isinstance(fault, type) and fault.__module__ == __name__
+]
+
+
+def broken(fault: Fault, scenario: Scenario) -> Scheduler:
+    """A scheduler for the scenario with this fault."""
+    kind = fault if issubclass(fault, Scheduler) else Scheduler
+    scheduler = scheduler_of(scenario, kind)
+    if issubclass(fault, Slots):
+        scheduler.slots = fault(scheduler.buckets)
+    if issubclass(fault, Slot):
+        pools = enumerate(scheduler.buckets.pools)
+        scheduler.slots._pools = [[fault(i, j) for j in range(pool.slots)] for i, pool in pools]
+    return scheduler

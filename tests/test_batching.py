@@ -1,0 +1,234 @@
+"""Laws of many at once: the same bits in any company, prefixes computed once, ends that come from outside."""
+
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import count_compilations
+from test_engine import GREEDY, mixed_requests, random_prompt, said
+from tiny import VOCAB
+
+from realm_jax import LLM, CapacityError, RequestError, SamplingParams
+from realm_jax.cache import Int8Cache, empty_cache
+from realm_jax.config import TILE
+from realm_jax.kernels import reference
+from realm_jax.serving.request import FinishReason, GenerationOutput, Request, TextDelta
+
+rng = random.Random(0)
+
+
+def bits(output: GenerationOutput) -> bytes:
+    """Tokens, and every log-probability to the last bit."""
+    parts = [np.asarray(output.token_ids, np.int32).tobytes()]
+    for each in (*(output.logprobs or ()), *(output.prompt_logprobs or ())):
+        if each is not None:
+            parts.append(np.float32(each["logprob"]).tobytes() + repr(each["top"]).encode())
+    return b"".join(parts) + f"{output.text} {output.finish_reason}".encode()
+
+
+def requests_with_headers(count: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Mixed requests; half of them begin alike, some ask for their prompt's log-probabilities."""
+    prompts, params = mixed_requests(11, count)
+    headers = [random_prompt(rng, length) for length in (TILE, 3 * TILE + 10, 300)]
+    for i in range(0, count, 2):
+        prompts[i] = [*rng.choice(headers), *prompts[i][: rng.randint(1, 80)]]
+        if i % 6 == 0:
+            params[i] = replace(params[i], prompt_logprobs=i % 4)
+    return prompts, params
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("auto", "int8")])
+def test_64_requests_in_any_order_give_the_same_bytes(tiny_model: Path, dtype: str, kv_dtype: str) -> None:
+    """Alone without prefix reuse; then shuffled three times, with it, on few slots and on many."""
+    options: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype}
+    prompts, params = requests_with_headers(64)
+    lonely = LLM(tiny_model, max_num_seqs=1, prefix_caching=False, **options)
+    alone = [bits(lonely.generate([p], q)[0]) for p, q in zip(prompts, params, strict=True)]
+    few, many = (LLM(tiny_model, max_num_seqs=slots, **options) for slots in (8, 32))
+    for llm in (few, many, many):
+        order = rng.sample(range(64), 64)
+        outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order])
+        assert [bits(output) for output in outputs] == [alone[i] for i in order]
+        assert sum(output.usage.cached_tokens for output in outputs) > 0
+
+
+def test_deterministic_runs_one_shape_and_says_the_same(tiny_model: Path) -> None:
+    prompts, params = mixed_requests(2, 12)
+    fixed = LLM(tiny_model, deterministic=True)
+    plain = LLM(tiny_model)
+    together = fixed.generate(prompts, params)
+    assert [said(o) for o in together] == [said(o) for o in plain.generate(prompts, params)]
+    assert sum("prefill" in name or "decode" in name for name in fixed.engine.programs) == 2
+    assert len(plain.engine.programs) > 2
+
+
+def test_a_header_is_computed_once(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, max_num_seqs=4)
+    header = random_prompt(rng, 5 * TILE + 7)
+    prompts = [[*header, *random_prompt(rng, 20)] for _ in range(12)]
+    outputs = llm.generate(prompts, GREEDY)
+    assert [o.usage.cached_tokens for o in outputs[4:]] == [5 * TILE] * 8
+    again = llm.generate(header[: 2 * TILE], GREEDY)[0]
+    assert again.usage.cached_tokens == TILE  # the last token is always computed
+    other = LLM(tiny_model, max_num_seqs=4, prefix_caching=False)
+    assert [bits(o) for o in other.generate(prompts, GREEDY)] == [bits(o) for o in outputs]
+
+
+def run(llm: LLM, requests: list[Request]) -> dict[str, GenerationOutput]:
+    for request in requests:
+        llm.engine.add_request(request)
+    outputs = {}
+    while llm.engine.has_work:
+        outputs |= {d.request_id: d.output for d in llm.engine.step() if d.output is not None}
+    return outputs
+
+
+def test_prefixes_are_shared_within_a_tenant_only(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, max_num_seqs=4)
+    prompt = tuple(random_prompt(rng, 150))
+    for tenant, adapter, expected in (("a", None, 0), ("b", None, 0), ("a", None, 128), ("a", "x", 0)):
+        request = Request("r", prompt, GREEDY, seed=1, tenant=tenant, adapter=adapter)
+        assert run(llm, [request])["r"].usage.cached_tokens == expected
+
+
+def test_smaller_priorities_come_first(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, max_num_seqs=1)
+    ranks = [3, 1, 2, 1, 0]
+    requests = [Request(f"{i}", (5, 6, i + 3), GREEDY, seed=0, priority=p) for i, p in enumerate(ranks)]
+    assert list(run(llm, requests)) == ["4", "1", "3", "2", "0"]
+
+
+def test_a_full_queue_refuses_by_name_and_harms_nobody(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, max_num_seqs=2, max_queue=3)
+    requests = [Request(f"{i}", (5, 6), GREEDY, seed=0) for i in range(6)]
+    for request in requests[:5]:
+        llm.engine.add_request(request)
+    with pytest.raises(CapacityError, match=r"the queue is full: 5 sequences wait and max_queue is 3"):
+        llm.engine.add_request(requests[5])
+    assert set(run(llm, [])) == {"0", "1", "2", "3", "4"}
+    assert set(run(llm, [requests[5]])) == {"5"}
+
+
+def test_a_timeout_ends_a_request_with_what_it_has(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, max_num_seqs=1)
+    endless = replace(GREEDY, max_tokens=None)
+    expected = llm.generate([[7, 8]], replace(GREEDY, max_tokens=40))[0]
+    running = Request("running", (7, 8), endless, seed=0, timeout=0.4)
+    waiting = Request("waiting", (7, 8), endless, seed=0, timeout=0.1)
+    outputs = run(llm, [running, waiting])
+    assert {o.finish_reason for o in outputs.values()} == {FinishReason.TIMEOUT}
+    assert list(outputs) == ["waiting", "running"] and not outputs["waiting"].token_ids
+    count = min(len(outputs["running"].token_ids), 40)
+    assert count and outputs["running"].token_ids[:count] == expected.token_ids[:count]
+    assert said(llm.generate([[7, 8]], replace(GREEDY, max_tokens=40))[0]) == said(expected)
+
+
+def test_prompt_logprobs_are_those_of_the_logits(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, dtype="float32")
+    for length in (2, 64, 65, 130, 600):
+        prompt = random_prompt(rng, length)
+        for most in (0, 3):
+            params = replace(GREEDY, prompt_logprobs=most)
+            found = llm.generate([prompt], params)[0].prompt_logprobs
+            assert found is not None and found[0] is None and len(found) == length
+            logits = llm.logits(prompt)[:-1].astype(np.float64)
+            logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            logprobs -= logits.max(-1, keepdims=True)
+            for i, each in enumerate(found[1:]):
+                assert each is not None and each["token_id"] == prompt[i + 1]
+                assert each["logprob"] == pytest.approx(logprobs[i, prompt[i + 1]], abs=2e-5)
+                assert each["is_greedy"] == (prompt[i + 1] == logprobs[i].argmax())
+                best = np.argsort(-logprobs[i], kind="stable")[:most]
+                assert [token for token, _ in each["top"]] == best.tolist()
+                np.testing.assert_allclose([p for _, p in each["top"]], logprobs[i, best], atol=2e-5)
+
+
+def test_no_tokens_may_be_asked_for(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, ctx_size=100)
+    prompt = random_prompt(rng, 100)
+    output = llm.generate([prompt], SamplingParams(max_tokens=0, prompt_logprobs=0))[0]
+    assert output.token_ids == [] and output.text == "" and output.finish_reason is FinishReason.LENGTH
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 100
+    with pytest.raises(RequestError, match="prompt is 101 tokens"):
+        llm.generate([[*prompt, 5]], SamplingParams(max_tokens=0))
+
+
+def test_int8_caches_are_exact_but_for_rounding() -> None:
+    """What is written is within half a step; what is attended to is what was written."""
+    draw = np.random.default_rng(3)
+    B, T, N, K, H, C = 2, 70, 6, 2, 16, 256
+    q, k, v = (draw.standard_normal((B, T, heads, H)).astype(np.float32) for heads in (N, K, K))
+    k[0, 3] = 0.0
+    positions = jnp.asarray(np.tile(np.arange(T, dtype=np.int32), (B, 1)))
+    cache = empty_cache((B + 1, K, C, H), "int8")
+    slots = jnp.array([2, 0], jnp.int32)
+    cache = cache.write(jnp.asarray(k), jnp.asarray(v), slots, positions)
+    assert isinstance(cache, Int8Cache)
+    kept = [
+        np.asarray(codes, np.float32) * np.asarray(scale)[..., None]
+        for codes, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+    ]
+    for found, given in zip(kept, (k, v), strict=True):
+        step = np.abs(given).max(-1, keepdims=True) / 127
+        assert (np.abs(found[[2, 0], :, :T].swapaxes(1, 2) - given) <= 0.5001 * step).all()
+    out = cache.attend(jnp.asarray(q), slots, positions, scale=0.25, softcap=None, window=None)
+    keys, values = (jnp.asarray(x[[2, 0]]) for x in kept)
+    plain = reference.attention(
+        jnp.asarray(q), keys, values, positions, scale=0.25, softcap=None, window=None
+    )
+    np.testing.assert_allclose(out, plain, atol=2e-2)  # bf16 products
+
+
+@pytest.mark.slow
+def test_a_soak_of_mixed_requests_leaks_nothing(tiny_model: Path) -> None:
+    """2,000 requests, random aborts: each ends once, nothing compiles, no slot and no memory is kept."""
+    import psutil
+
+    llm = LLM(tiny_model, max_num_seqs=24, ctx_size=1500)
+    llm.engine.warmup()
+    prompts, params = requests_with_headers(200)
+    waiting = [
+        Request(
+            f"{i}",
+            tuple(prompts[i % 200]),
+            replace(params[i % 200], n=rng.choice([1, 1, 1, 2])),
+            seed=i,
+            priority=rng.choice([0, 0, 1]),
+            tenant=rng.choice(["a", "b"]),
+            timeout=rng.choice([None, None, None, 0.5]),
+        )
+        for i in range(2000)
+    ]
+    ends: dict[tuple[str, int], int] = {}
+
+    def note(deltas: list[TextDelta]) -> None:
+        for delta in deltas:
+            if delta.output is not None:
+                key = (delta.request_id, delta.sample_index)
+                ends[key] = ends.get(key, 0) + 1
+
+    process, used = psutil.Process(), []
+    expected = {(r.id, sample) for r in waiting for sample in range(r.params.n)}
+    running: list[str] = []
+    with count_compilations() as compiled:
+        while waiting or llm.engine.has_work:
+            while waiting and llm.engine.scheduler.num_waiting < 30:
+                request = replace(waiting.pop(), arrival=time.perf_counter())
+                llm.engine.add_request(request)
+                running.append(request.id)
+                if len(waiting) % 250 == 0:
+                    used.append(process.memory_info().rss)
+            note(llm.engine.step())
+            if rng.random() < 0.03 and running:
+                note(llm.engine.abort(running.pop(rng.randrange(len(running)))))
+    assert not compiled
+    assert ends == dict.fromkeys(expected, 1)
+    assert not list(llm.engine.scheduler.slots.taken())
+    assert not llm.engine._transcripts and not llm.engine._in_flight
+    assert used[-1] - used[2] < 30e6, used
+    assert max(max(p) for p in prompts) < VOCAB
