@@ -42,7 +42,7 @@ class Buckets:
         """
         most = max(config.max_num_batched_tokens // TILE, 1)
         top = -(-context // BLOCK) * BLOCK
-        capacities = [c for c in (4 * BLOCK, 32 * BLOCK) if c < top]
+        capacities = [c for c in (1024, 8192) if c < top]
         pools = []
         for capacity in (*capacities, top):
             slots = max(min(config.max_num_seqs, config.max_num_seqs * 1024 // capacity), MIN_ROWS)

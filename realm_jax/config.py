@@ -1,4 +1,4 @@
-"""Facts of a model (`ModelConfig`), of a run (`EngineConfig`), and the shapes it compiles (`Buckets`)."""
+"""Facts of a model (`ModelConfig`) and of a run (`EngineConfig`)."""
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -6,8 +6,9 @@ from typing import Literal
 
 from realm_jax.errors import RequestError
 
-BLOCK = 256
-"""Attention reduces over cache positions in blocks of this size, whatever the capacity."""
+BLOCK = 64
+"""Attention reduces over cache positions in blocks of this size, whatever the capacity: small enough that
+what is copied out of the cache stays near the processor."""
 
 TILE = 64
 """Prompts are cut into tiles of so many tokens; a prefill call computes several tiles, of any prompts.
@@ -89,7 +90,7 @@ class EngineConfig:
     kv_dtype: storage of the cache; "auto" follows `dtype`; "int8" has a scale per token and head.
     max_num_seqs: sequences that run at once; further requests wait.
     max_num_batched_tokens: prompt tokens in one prefill call, which is what running sequences wait for.
-    max_queue: requests that may wait; None = no limit.
+    max_queue: sequences that may wait for a slot; None = no limit.
     prefix_caching: prompts that begin as an earlier one did reuse what was computed of it.
     deterministic: on every backend the same request gives the same bits whatever runs beside it, by one
       shape for all calls; on CPU that holds without it.

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from realm_jax.config import BLOCK, TILE
+from realm_jax.config import TILE
 from realm_jax.kernels import row_sum, top_k
 from realm_jax.model import Caches, Transformer, hidden_states, next_token_logits
 from realm_jax.params import MAX_LOGPROBS
@@ -80,8 +80,8 @@ def logits(
     model: Transformer, params: Params, token_ids: Sequence[int], kv_dtype: str
 ) -> Float[np.ndarray, "T V"]:
     """float32: row t scores the token that follows the first t + 1. Computed in the tiles of serving."""
-    capacity = max(-(-len(token_ids) // BLOCK) * BLOCK, BLOCK)
-    caches = model.empty_caches(1, 1 << (capacity - 1).bit_length(), kv_dtype)
+    capacity = max(1 << (len(token_ids) - 1).bit_length(), CALLS[-1] * TILE)  # few capacities, few programs
+    caches = model.empty_caches(1, capacity, kv_dtype)
     rows, start = [], 0
     while start < len(token_ids):
         left = -(-(len(token_ids) - start) // TILE)

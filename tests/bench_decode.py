@@ -1,7 +1,8 @@
 """Decode speed of the default model against a program of its matrix products alone, as JSON.
 
-Rows alternate in one run: for 1 and 16 sequences, greedy and sampled steps of the whole engine, and the
-products alone with as many rows. Medians over rounds; ratios pair by pair.
+Rows alternate in one run: for 1, 16 and 32 sequences, greedy and sampled steps of the whole engine, and the
+products alone with as many rows. Medians over rounds; ratios pair by pair. The share of scheduling is the
+time of a step in which the host decides and books, of the whole.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from realm_jax import LLM, SamplingParams
 from realm_jax.config import MIN_ROWS
 
-STEPS = 48
+STEPS = 64
 PROMPT = "Write a long story about a fox who travels the world by train, and describe what it sees."
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=STEPS + 1, ignore_eos=True, seed=1)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=STEPS + 1, ignore_eos=True)
@@ -60,6 +61,29 @@ def step_seconds(llm: LLM, sequences: int, params: SamplingParams) -> float:
     return seconds
 
 
+def scheduling_share(llm: LLM, sequences: int) -> float:
+    """Of the time of decode steps, the part that the scheduler and the transcripts take."""
+    spent, engine = 0.0, llm.engine
+    originals = engine.scheduler.schedule, engine._deltas
+
+    def timed(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            nonlocal spent
+            start = time.perf_counter()
+            result = function(*arguments)
+            spent += time.perf_counter() - start
+            return result
+
+        return call
+
+    engine.scheduler.schedule, engine._deltas = (timed(function) for function in originals)
+    try:
+        seconds = step_seconds(llm, sequences, GREEDY) * (STEPS - sequences)
+    finally:
+        engine.scheduler.schedule, engine._deltas = originals
+    return spent / seconds
+
+
 def product_seconds(llm: LLM, rows: int) -> float:
     x = jnp.ones((max(rows, MIN_ROWS), llm.model.config.hidden_size), jnp.float32)
     jax.block_until_ready(products(llm.model.params, x))
@@ -73,13 +97,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    llm = LLM(dtype=options.dtype, ctx_size=1024, max_num_seqs=16)
+    llm = LLM(dtype=options.dtype, ctx_size=1024, max_num_seqs=32)
     cases = {
         "greedy_1": lambda: step_seconds(llm, 1, GREEDY),
         "products_1": lambda: product_seconds(llm, 1),
         "greedy_16": lambda: step_seconds(llm, 16, GREEDY),
         "sampled_16": lambda: step_seconds(llm, 16, SAMPLED),
         "products_16": lambda: product_seconds(llm, 16),
+        "greedy_32": lambda: step_seconds(llm, 32, GREEDY),
+        "products_32": lambda: product_seconds(llm, 32),
     }
     for case in cases.values():
         case()  # compiles
@@ -94,8 +120,11 @@ def main() -> None:
         "milliseconds_a_step": {name: round(median(r[name] for r in rounds) * 1e3, 2) for name in cases},
         "tokens_per_second_1": round(1 / median(r["greedy_1"] for r in rounds), 1),
         "tokens_per_second_16": round(16 / median(r["greedy_16"] for r in rounds), 1),
+        "tokens_per_second_32": round(32 / median(r["greedy_32"] for r in rounds), 1),
+        "scheduling_share_32": round(scheduling_share(llm, 32), 4),
         "step_rate_against_products_1": ratio("products_1", "greedy_1"),
         "step_rate_against_products_16": ratio("products_16", "greedy_16"),
+        "step_rate_against_products_32": ratio("products_32", "greedy_32"),
         "sampled_against_greedy_16": ratio("greedy_16", "sampled_16"),
     }
     print(json.dumps(figures))

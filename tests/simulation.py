@@ -8,7 +8,7 @@ from pretend_device import Call, Device
 from scenarios import STOP, Arrival, Scenario
 
 from realm_jax.config import TILE
-from realm_jax.errors import CapacityError
+from realm_jax.errors import CapacityError, RequestError
 from realm_jax.serving.request import FinishReason, Request, Sequence
 from realm_jax.serving.scheduler import Copy, Decode, Plan, Prefill, Scheduler
 
@@ -83,8 +83,10 @@ class Simulation:
         fits = most is None or len(self.queue) + arrival.n <= most + room
         try:
             sequences = self.scheduler.add(request)
-        except CapacityError:
+        except (CapacityError, RequestError) as error:
             assert not fits, "refused although there is room in the queue"
+            never = most is not None and arrival.n > most + self.scenario.max_num_seqs
+            assert isinstance(error, RequestError) == never, "waiting would not help, or would"
             return []
         assert fits, "more wait than may"
         assert [sequence.sample_index for sequence in sequences] == list(range(arrival.n))

@@ -16,6 +16,7 @@ from realm_jax import LLM, RequestError, SamplingParams
 from realm_jax.serving.batch import BatchJob, read_lines
 
 rng = random.Random(0)
+KILLS = int(os.environ.get("REALM_KILLS", "3"))  # more of them take a minute or two
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_kill_9_at_random_moments(llm: LLM, tiny_model: Path, tmp_path: Path) ->
     command = [sys.executable, "-m", "realm_jax", "batch", str(source), "-o", str(target), "--resume"]
     command += ["-m", str(tiny_model), "--ctx-size", "512", "--max-num-seqs", "8"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    for kill in range(3):
+    for kill in range(KILLS):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
         have = len(target.read_bytes()) if target.exists() else 0
         while process.poll() is None and (not target.exists() or len(target.read_bytes()) == have):

@@ -127,7 +127,7 @@ def test_bits_of_attention_depend_on_the_query_and_what_it_sees(
     """
     rng = np.random.default_rng(H)
     options = {"scale": H**-0.5, "softcap": softcap, "window": window}
-    at, seen = 200, BLOCK
+    at, seen = 200, 4 * BLOCK
     query, keys, values = normal(rng, N, H), normal(rng, K, seen, H), normal(rng, K, seen, H)
     steps = [(B, 1, C) for B, C in ((MIN_ROWS, 256), (16, 1024), (33, 512))]
     chunks = [(B, TILE, C) for B, C in ((1, 256), (3, 512), (8, 1024))]
@@ -212,7 +212,7 @@ def plain_attention(q: Any, k: Any, v: Any, at: Any, window: int | None, softcap
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, 20.0)])
-@pytest.mark.parametrize("C", [BLOCK, 2 * BLOCK])
+@pytest.mark.parametrize("C", [BLOCK, 4 * BLOCK])
 def test_gradients_of_attention_are_those_of_the_plain_form(
     C: int, window: int | None, softcap: float | None
 ):

@@ -135,7 +135,7 @@ def _forward(
     slots: Array | None,
     positions: Array,
     *how: Any,
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, tuple[Array | None, ...]]:
     return _attention(q, k, v, k_scale, v_scale, slots, positions, *how), (q, k, v, slots, positions)  # pyright: ignore[reportReturnType]
 
 

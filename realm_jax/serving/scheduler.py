@@ -154,6 +154,8 @@ class Scheduler:
     def _check_queue(self, count: int) -> None:
         if self._max_queue is None:
             return
+        if count > (most := self._max_queue + self.buckets.max_num_seqs):
+            raise RequestError(f"n is {count}; max_queue and max_num_seqs allow {most} sequences at once")
         room = max(self.buckets.max_num_seqs - sum(1 for _ in self.slots.taken()), 0)
         if self.num_waiting + count > self._max_queue + room:
             raise CapacityError(
