@@ -26,7 +26,7 @@ USAGE = [
     ("generate -m MODEL hi --bogus", ["--bogus", "--help"]),
     ("generate -m MODEL hi -n many", ["many"]),
     ("generate -m MODEL hi -n 1.5", ["1.5"]),
-    ("generate -m MODEL hi -n 0", ["max_tokens is 0"]),
+    ("generate -m MODEL hi -n -1", ["max_tokens is -1"]),
     ("generate -m MODEL hi -n", ["-n"]),
     ("generate -m MODEL hi --temperature hot", ["hot"]),
     ("generate -m MODEL hi --temperature -1", ["temperature is -1"]),

@@ -129,7 +129,7 @@ class _Run:
             "prefill_s": round(prefill, 4),
             "decode_s": round(decode, 4),
             "prefill_tps": round(self.outputs[0].usage.prompt_tokens / prefill, 2),
-            "decode_tps": round((made - 1) / decode, 2),
+            "decode_tps": round(max(made - 1, 0) / decode, 2),
         }
 
     def summary(self) -> str:
