@@ -53,7 +53,7 @@ class SamplingParams:
             _check_real(name, getattr(self, name), low, high)
         for name, low, high in _INTEGERS:
             _check_integer(name, getattr(self, name), low, high)
-        for name in ("seed", "max_tokens", "logprobs"):
+        for name in _OPTIONAL:
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), *_OPTIONAL[name])
         if not isinstance(self.ignore_eos, bool):

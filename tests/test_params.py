@@ -24,11 +24,12 @@ INTEGERS = {
     "min_tokens": (0, 2**30),
     "n": (1, 1024),
     "seed": (0, 2**63 - 1),
-    "max_tokens": (1, 2**30),
+    "max_tokens": (0, 2**30),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
     "logprobs": (0, MAX_LOGPROBS),
 }
 NOT_NUMBERS = ["1", True, False, [1], 1j, math.nan, math.inf, -math.inf, b"1"]
-OPTIONAL = {"seed", "max_tokens", "logprobs"}
+OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
 
 BAD = [(name, value) for name in REALS for value in [*NOT_NUMBERS, None]]
 BAD += [(name, value) for name in INTEGERS for value in [*NOT_NUMBERS, 1.0, 1.5]]
@@ -107,7 +108,13 @@ def test_a_bad_collection_or_flag_is_refused_by_name_and_value(fields: dict[str,
 def test_the_defaults_are_those_of_the_contract():
     params = SamplingParams()
     contract = {"temperature": 1.0, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
-    contract |= {"presence_penalty": 0, "frequency_penalty": 0, "max_tokens": None, "min_tokens": 0}
+    contract |= {
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "max_tokens": None,
+        "min_tokens": 0,
+        "prompt_logprobs": None,
+    }
     contract |= {
         "seed": None,
         "stop": (),
