@@ -53,9 +53,9 @@ class SamplingParams:
             _check_real(name, getattr(self, name), low, high)
         for name, low, high in _INTEGERS:
             _check_integer(name, getattr(self, name), low, high)
-        for name in _OPTIONAL:
+        for name, (low, high) in _OPTIONAL.items():
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), *_OPTIONAL[name])
+                _check_integer(name, getattr(self, name), low, high)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
         for stop in self.stop:
