@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub.constants
 import lm_eval
 import lm_eval.tasks
 import pytest
@@ -84,7 +86,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, written: list[str]) -> Path:
 
 @pytest.fixture
 def no_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm_eval does not read its own 14,000 task files, which takes seconds each time."""
+    """lm_eval does not read its own 14,000 task files, and a task without files asks no hub for them."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
 
 
