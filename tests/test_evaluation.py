@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets.config
 import huggingface_hub.constants
 import lm_eval
 import lm_eval.tasks
