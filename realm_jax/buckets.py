@@ -34,8 +34,8 @@ class Buckets:
     max_num_seqs: int  # sequences that run at once, in all pools together
 
     @classmethod
-    def plan(cls, context: int, config: EngineConfig) -> "Buckets":
-        """Buckets for sequences of up to `context` tokens.
+    def plan(cls, context: int, config: EngineConfig, least_rows: int = MIN_ROWS) -> "Buckets":
+        """Buckets for sequences of up to `context` tokens, steps of at least `least_rows` sequences.
 
         Attention reads only the blocks that its longest row has filled, so a large capacity costs memory,
         not time. Few sequences are long: past 1,024 tokens slots shrink as capacity grows.
@@ -46,7 +46,8 @@ class Buckets:
         pools = []
         for capacity in (*capacities, top):
             slots = max(min(config.max_num_seqs, config.max_num_seqs * 1024 // capacity), MIN_ROWS)
-            fewer = (r for r in (MIN_ROWS, 16) if r < slots)
+            steps = (least_rows, 4, 8, 16) if not pools else (least_rows, 16)
+            fewer = sorted({r for r in steps if r < slots})
             smaller = (t for t in ((1, 4) if not pools else (1,)) if t < most)
             if config.deterministic:
                 fewer = smaller = ()

@@ -3,15 +3,16 @@
 S slots, C capacity, K kv heads, H head dim, B rows, T new tokens, N query heads.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from realm_jax.config import ModelConfig
+from realm_jax.config import ModelConfig, Numerics
 from realm_jax.kernels import attention
+from realm_jax.kernels.native import calls
 
 Slots = Int[Array, "B"] | None
 """The slot of each row; None where row b is slot b."""
@@ -48,13 +49,17 @@ class Cache(Protocol):
         ...
 
 
-def empty_cache(shape: tuple[int, int, int, int], kv_dtype: str) -> Cache:
+def empty_cache(shape: tuple[int, int, int, int], numerics: Numerics) -> Cache:
     """An empty cache [S, K, C, H] that stores float32, bfloat16 or int8."""
-    if kv_dtype == "int8":
+    is_native = numerics.kernels == "native"
+    if numerics.kv_dtype == "int8":
         codes, scales = jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32)
-        return Int8Cache(codes, codes.copy(), scales, scales.copy())
-    storage = jnp.uint16 if kv_dtype == "bfloat16" else jnp.dtype(kv_dtype)
-    return KVCache(jnp.zeros(shape, storage), jnp.zeros(shape, storage))
+        kind = NativeInt8Cache if is_native else Int8Cache
+        return kind(codes, codes.copy(), scales, scales.copy())
+    if numerics.kv_dtype == "float32":
+        return KVCache(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+    kind = NativeKVCache if is_native else KVCache
+    return kind(jnp.zeros(shape, jnp.uint16), jnp.zeros(shape, jnp.uint16))
 
 
 def cached_bytes(model: ModelConfig, kv_dtype: str) -> int:
@@ -71,13 +76,17 @@ class KVCache:
     the whole cache in float32, and leaves integers alone.
     """
 
+    attention: ClassVar = staticmethod(attention)
+
     k: jax.Array  # [S, K, C, H]
     v: jax.Array  # [S, K, C, H]
 
     def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "KVCache":
         """As `Cache.write`."""
         at = _places(slots, positions)
-        return KVCache(_put(self.k, at, _encode(k, self.k.dtype)), _put(self.v, at, _encode(v, self.v.dtype)))
+        return type(self)(
+            _put(self.k, at, _encode(k, self.k.dtype)), _put(self.v, at, _encode(v, self.v.dtype))
+        )
 
     def attend(
         self,
@@ -90,14 +99,15 @@ class KVCache:
         window: int | None,
     ) -> Array:
         """As `Cache.attend`."""
-        return attention(
-            q, self.k, self.v, None, None, slots, positions, scale=scale, softcap=softcap, window=window
-        )
+        how = {"scale": scale, "softcap": softcap, "window": window}
+        return self.attention(q, self.k, self.v, None, None, slots, positions, **how)
 
 
 @struct.dataclass
 class Int8Cache:
     """Keys and values as int8 codes, each token's head with a scale of its own."""
+
+    attention: ClassVar = staticmethod(attention)
 
     k: jax.Array  # [S, K, C, H]
     v: jax.Array  # [S, K, C, H]
@@ -108,7 +118,7 @@ class Int8Cache:
         """As `Cache.write`, rounded to the nearest code."""
         at = _places(slots, positions)
         (k, k_scale), (v, v_scale) = _quantize(k), _quantize(v)
-        return Int8Cache(
+        return type(self)(
             _put(self.k, at, k),
             _put(self.v, at, v),
             _put(self.k_scale, at, k_scale),
@@ -127,7 +137,33 @@ class Int8Cache:
     ) -> Array:
         """As `Cache.attend`: scores and weights are multiplied by the scales, the codes as they are."""
         kept = (self.k, self.v, self.k_scale, self.v_scale)
-        return attention(q, *kept, slots, positions, scale=scale, softcap=softcap, window=window)
+        how = {"scale": scale, "softcap": softcap, "window": window}
+        return self.attention(q, *kept, slots, positions, **how)
+
+
+@struct.dataclass
+class NativeKVCache(KVCache):
+    """bf16 that the C++ kernels write and read."""
+
+    attention: ClassVar = staticmethod(calls.attention)
+
+    def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "NativeKVCache":
+        """As `Cache.write`."""
+        each = ((k, self.k), (v, self.v))
+        return NativeKVCache(*(calls.write_cache(x, slots, positions, kept) for x, kept in each))
+
+
+@struct.dataclass
+class NativeInt8Cache(Int8Cache):
+    """int8 codes that the C++ kernels write and read."""
+
+    attention: ClassVar = staticmethod(calls.attention)
+
+    def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "NativeInt8Cache":
+        """As `Cache.write`."""
+        k, k_scale = calls.write_cache_int8(k, slots, positions, self.k, self.k_scale)
+        v, v_scale = calls.write_cache_int8(v, slots, positions, self.v, self.v_scale)
+        return NativeInt8Cache(k, v, k_scale, v_scale)
 
 
 def _places(slots: Slots, positions: Int[Array, "B T"]) -> tuple[Array, slice, Array]:

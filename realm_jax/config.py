@@ -82,11 +82,28 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Numerics:
+    """The arithmetic of a run: what `EngineConfig` says, every "auto" replaced."""
+
+    dtype: Literal["bfloat16", "float32"]
+    kv_dtype: Literal["bfloat16", "float32", "int8"]
+    weights: Literal["dense", "quantized"]
+    kernels: Literal["xla", "native"]
+
+    @property
+    def least_rows(self) -> int:
+        """The fewest rows of a decode step."""
+        return 1 if self.kernels == "native" else MIN_ROWS
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Facts of a run, named as the CLI's flags.
 
     ctx_size: tokens a sequence may hold, prompt included; None = the model's context, at most 4096.
     dtype: arithmetic. "float32" expands weights, and keeps the KV cache and all products in float32.
+    weights: storage of projections. "quantized" keeps the file's codes and scales, exactly; "dense" expands.
+    kernels: who multiplies. "native": the C++ kernels, on CPU; "xla": the compiler alone.
     kv_dtype: storage of the cache; "auto" follows `dtype`; "int8" has a scale per token and head.
     max_num_seqs: sequences that run at once; further requests wait.
     max_num_batched_tokens: prompt tokens in one prefill call, which is what running sequences wait for.
@@ -99,7 +116,8 @@ class EngineConfig:
 
     ctx_size: int | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    weights: Literal["auto", "dense"] = "auto"
+    weights: Literal["auto", "dense", "quantized"] = "auto"
+    kernels: Literal["auto", "xla", "native"] = "auto"
     kv_dtype: Literal["auto", "bfloat16", "float32", "int8"] = "auto"
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
@@ -155,7 +173,8 @@ _LIMITS = {
 _REQUIRED = ("max_num_seqs", "max_num_batched_tokens")
 _CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
-    "weights": ("auto", "dense"),
+    "weights": ("auto", "dense", "quantized"),
+    "kernels": ("auto", "xla", "native"),
     "kv_dtype": ("auto", "bfloat16", "float32", "int8"),
     "device": ("auto", "cpu", "gpu", "tpu"),
 }

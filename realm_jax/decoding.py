@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from realm_jax.buckets import Pool
+from realm_jax.config import Numerics
 from realm_jax.model import Caches, Transformer, hidden_states, next_token_logits
 from realm_jax.sampling import TokenLogprobs, sample
 from realm_jax.sampling_rows import HostOrDevice, SamplingRows, TokenCounts
@@ -72,11 +73,11 @@ class Autoregressive:
     """One token a step."""
 
     model: Transformer
-    kv_dtype: str
+    numerics: Numerics
 
     def empty_state(self, pool: Pool) -> DecodeState:
         return DecodeState(
-            caches=self.model.empty_caches(pool.slots, pool.capacity, self.kv_dtype),
+            caches=self.model.empty_caches(pool.slots, pool.capacity, self.numerics),
             history=jnp.zeros((pool.slots, pool.capacity), jnp.int32),
             lengths=jnp.zeros(pool.slots, jnp.int32),
             tokens=jnp.zeros(pool.slots, jnp.int32),

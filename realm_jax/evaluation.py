@@ -219,7 +219,7 @@ class RealmLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """Facts of the model for lm_eval's report."""
         model = self.llm.model
-        return {"model_file": model.path.name, "model_dtype": model.dtype, "context": model.context}
+        return {"model_file": model.path.name, "model_dtype": model.numerics.dtype, "context": model.context}
 
 
 def sampling_params(gen_kwargs: Mapping[str, Any]) -> SamplingParams:

@@ -8,16 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from realm_jax import runtime, weights
+from realm_jax import weights
 from realm_jax.architectures import parameters, read_config
 from realm_jax.cache import cached_bytes
 from realm_jax.chat import ChatTemplate
-from realm_jax.config import ModelConfig
+from realm_jax.config import ModelConfig, Numerics
 from realm_jax.gguf import GGUFFile, TensorInfo
+from realm_jax.kernels import native
 from realm_jax.quant import dequantize
 from realm_jax.tokenizer import Tokenizer
 
-DTYPES = ("bfloat16", "float32")
+NUMERICS = {
+    "quantized": Numerics("bfloat16", "bfloat16", "quantized", "native"),
+    "bfloat16": Numerics("bfloat16", "bfloat16", "dense", "xla"),
+    "float32": Numerics("float32", "float32", "dense", "xla"),
+}
 CHECKED_VALUES = 1 << 22  # values expanded at a time
 
 
@@ -58,18 +63,19 @@ def describe(file: GGUFFile) -> dict[str, Any]:
         "tokenizer": tokenizer.kind,
         "chat_template": template is not None,
         "memory_bytes": memory(file, config),
-        "default_dtype": runtime.DTYPES,
+        "default_storage": {"cpu": "bfloat16" if native.problem() else "quantized"}
+        | dict.fromkeys(("gpu", "tpu"), "bfloat16"),
     }
 
 
 def memory(file: GGUFFile, config: ModelConfig) -> dict[str, dict[str, int]]:
     """Bytes that a run needs, by arithmetic: the weights, and the cache of 1,024 tokens of one sequence."""
     return {
-        dtype: {
-            "weights": weights.planned_bytes(file, config, dtype),
-            "cache_per_1024_tokens": 1024 * cached_bytes(config, dtype),
+        name: {
+            "weights": weights.planned_bytes(file, config, numerics),
+            "cache_per_1024_tokens": 1024 * cached_bytes(config, numerics.kv_dtype),
         }
-        for dtype in DTYPES
+        for name, numerics in NUMERICS.items()
     }
 
 

@@ -59,9 +59,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        scale = weight(self, "scale", x.shape[-1:])
-        mean_square = row_sum(x * x)[..., None] / x.shape[-1]
-        return x * jax.lax.rsqrt(mean_square + self.eps) * jnp.broadcast_to(scale, x.shape)
+        return weight(self, "scale", x.shape[-1:]).rms_norm(x, self.eps)
 
 
 class Attention(nn.Module):

@@ -40,21 +40,25 @@ class LLM:
         *,
         on_load: LoadProgress | None = None,
         on_compile: Callable[[str], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
         **engine_config: Any,
     ) -> None:
         self.engine_config = EngineConfig.from_options(**engine_config)
         path = hub.resolve(model, offline=self.engine_config.offline)
         runtime.configure(self.engine_config, hub.cache_dir())
+        if on_notice is not None and (missing := runtime.missing_kernels(self.engine_config)):
+            on_notice(f"native kernels are not used, XLA's alone are slower: {missing}")
         self.model = load_model(path, self.engine_config, on_load)
         self.tokenizer = self.model.tokenizer
         self.transformer = Transformer(self.model.config)
         self.engine = Engine(
-            Autoregressive(self.transformer, self.model.kv_dtype),
+            Autoregressive(self.transformer, self.model.numerics),
             self.transformer,
             self.model.params,
             self.tokenizer,
             context=self.model.context,
             config=self.engine_config,
+            least_rows=self.model.numerics.least_rows,
             on_compile=on_compile,
         )
         self._ids = itertools.count()
@@ -112,7 +116,7 @@ class LLM:
         vocab = self.model.config.vocab_size
         if (wrong := next((i for i in ids if not 0 <= i < vocab), None)) is not None:
             raise RequestError(f"token_ids has token id {wrong}; the vocabulary has {vocab:,}")
-        return scoring.logits(self.transformer, self.model.params, ids, self.model.kv_dtype)
+        return scoring.logits(self.transformer, self.model.params, ids, self.model.numerics)
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], continuations: Sequence[Prompt] | None = None

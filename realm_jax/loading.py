@@ -14,7 +14,7 @@ from realm_jax.architectures import read_config
 from realm_jax.buckets import Buckets
 from realm_jax.cache import cached_bytes
 from realm_jax.chat import ChatTemplate
-from realm_jax.config import EngineConfig, ModelConfig
+from realm_jax.config import EngineConfig, ModelConfig, Numerics
 from realm_jax.errors import CapacityError, UnsupportedError
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
@@ -33,8 +33,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     context: int
-    dtype: str
-    kv_dtype: str
+    numerics: Numerics
     seconds: float
 
     def require_template(self) -> ChatTemplate:
@@ -49,17 +48,17 @@ def load_model(path: Path, config: EngineConfig, on_progress: LoadProgress | Non
     configuration that does not fit the model, CapacityError where it may need more than `config.memory`.
     """
     start = time.perf_counter()
-    dtype, kv_dtype = runtime.resolve_dtype(config)
+    numerics = runtime.resolve_numerics(config)
     with gguf.open(path) as file:
         model = read_config(file)
         tokenizer = Tokenizer.from_metadata(file.metadata, path.name)
         template = ChatTemplate.from_metadata(file.metadata, path.name, **_special_texts(tokenizer))
         context = config.context_for(model)
-        _check_budget(file, model, config, context, dtype, kv_dtype)
+        _check_budget(file, model, config, context, numerics)
         params = weights.load(
             file,
             model,
-            dtype=dtype,
+            numerics=numerics,
             context=context,
             threads=config.threads,
             progress=_counter(file, on_progress),
@@ -67,11 +66,11 @@ def load_model(path: Path, config: EngineConfig, on_progress: LoadProgress | Non
         metadata = file.metadata
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start
-    return LoadedModel(path, model, metadata, params, tokenizer, template, context, dtype, kv_dtype, seconds)
+    return LoadedModel(path, model, metadata, params, tokenizer, template, context, numerics, seconds)
 
 
 def _check_budget(
-    file: gguf.GGUFFile, model: ModelConfig, config: EngineConfig, context: int, dtype: str, kv_dtype: str
+    file: gguf.GGUFFile, model: ModelConfig, config: EngineConfig, context: int, numerics: Numerics
 ) -> None:
     """Weights and the caches of all pools fit into `config.memory`.
 
@@ -83,8 +82,8 @@ def _check_budget(
         raise UnsupportedError(
             f"--memory is for --device cpu; on {runtime.backend()} set XLA_PYTHON_CLIENT_MEM_FRACTION"
         )
-    caches = Buckets.plan(context, config).cached_tokens * cached_bytes(model, kv_dtype)
-    planned = weights.planned_bytes(file, model, dtype)
+    caches = Buckets.plan(context, config).cached_tokens * cached_bytes(model, numerics.kv_dtype)
+    planned = weights.planned_bytes(file, model, numerics)
     if planned + caches > config.memory:
         raise CapacityError(
             f"weights take {planned / 1e6:,.1f} MB and the caches up to {caches / 1e6:,.1f} MB; memory is "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from realm_jax.cache import Cache, empty_cache
-from realm_jax.config import ModelConfig
+from realm_jax.config import ModelConfig, Numerics
 from realm_jax.layers import Block, RMSNorm, Where
 from realm_jax.rope import angles
 
@@ -52,11 +52,11 @@ class Transformer(nn.Module):
         cap = self.config.logit_softcap
         return scores if cap is None else cap * jnp.tanh(scores / cap)
 
-    def empty_caches(self, slots: int, capacity: int, dtype: str) -> Caches:
+    def empty_caches(self, slots: int, capacity: int, numerics: Numerics) -> Caches:
         """Caches of `slots` empty slots, one a layer."""
         c = self.config
         return tuple(
-            empty_cache((slots, c.num_kv_heads, capacity, c.head_dim), dtype) for _ in range(c.num_layers)
+            empty_cache((slots, c.num_kv_heads, capacity, c.head_dim), numerics) for _ in range(c.num_layers)
         )
 
 

@@ -1,7 +1,8 @@
 """Weight nodes: what stands on the right of `x @ kernel`. The node decides how the product is made.
 
 A node is a pytree with a logical `shape` (in, out), `__rmatmul__`, and, where it can be an embedding,
-`rows`. Storage is GGUF's own `[out, in]`. Layers never ask which node they hold.
+`rows`. Layers never ask which node they hold. `Dense` and `Quantized` are plain formulas for every backend;
+`native_nodes` has those of the C++ kernels.
 """
 
 from typing import Protocol, runtime_checkable
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from realm_jax.kernels import matmul
+from realm_jax.kernels import matmul, rms_norm
+from realm_jax.kernels.tiles import TileFormat, tile_rows, tiles_matmul
 
 
 @runtime_checkable
@@ -26,7 +28,7 @@ class Kernel(Protocol):
 
 @struct.dataclass
 class Dense:
-    """A plain matrix, multiplied in its own type."""
+    """A plain matrix in GGUF's own order, multiplied in its own type."""
 
     __array_ufunc__ = None  # NumPy operands on the left defer to __rmatmul__ too
 
@@ -60,3 +62,56 @@ class Biased:
     def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
         y = x @ self.kernel
         return y + jnp.broadcast_to(self.bias, y.shape)
+
+
+@struct.dataclass
+class Quantized:
+    """A matrix in GGML's own codes and scales, multiplied in float32."""
+
+    __array_ufunc__ = None
+
+    tiles: jax.Array  # uint8 [L, bytes]
+    form: TileFormat = struct.field(pytree_node=False)
+    outputs: int = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.form.inputs, self.outputs
+
+    def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
+        return tiles_matmul(x, self.tiles, self.form, self.outputs)
+
+    def rows(self, ids: Int[Array, "*lead"]) -> Float[Array, "*lead I"]:
+        """The rows of an embedding table, in float32."""
+        return tile_rows(self.tiles, self.form, ids)
+
+
+@struct.dataclass
+class Stacked:
+    """Projections of the same inputs, their outputs one after another: parts of different types."""
+
+    __array_ufunc__ = None
+
+    parts: tuple[Kernel, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0].shape[0], sum(part.shape[1] for part in self.parts)
+
+    def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
+        return jnp.concatenate([x @ part for part in self.parts], axis=-1)
+
+
+@struct.dataclass
+class Scale:
+    """The learned factors of a norm."""
+
+    weight: jax.Array  # [D]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def rms_norm(self, x: Float[Array, "*lead D"], eps: float) -> Float[Array, "*lead D"]:
+        """The rows at root mean square 1, times the factors."""
+        return rms_norm(x, self.weight, eps)

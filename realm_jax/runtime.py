@@ -4,13 +4,15 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import Literal
 
 import jax
 
-from realm_jax.config import EngineConfig
+from realm_jax.config import EngineConfig, Numerics
 from realm_jax.errors import RequestError, UnsupportedError
+from realm_jax.kernels import native
 
-DTYPES = {"cpu": "bfloat16", "gpu": "bfloat16", "tpu": "bfloat16"}
+DTYPES: dict[str, Literal["bfloat16", "float32"]] = dict.fromkeys(("cpu", "gpu", "tpu"), "bfloat16")
 """What `dtype=auto` means on each backend. bf16 weights give float32's perplexity to 0.1 %."""
 
 
@@ -44,10 +46,41 @@ def backend() -> str:
     return name
 
 
-def resolve_dtype(config: EngineConfig) -> tuple[str, str]:
-    """The arithmetic and the cache's type, "auto" replaced."""
+def resolve_numerics(config: EngineConfig) -> Numerics:
+    """The arithmetic of a run. On CPU "auto" keeps quantized weights where the C++ kernels are there.
+
+    Raises UnsupportedError or RequestError for native kernels that this machine or `dtype` does not allow.
+    """
     dtype = DTYPES[backend()] if config.dtype == "auto" else config.dtype
-    return dtype, dtype if config.kv_dtype == "auto" else config.kv_dtype
+    kernels = _resolve_kernels(config, dtype)
+    weights = config.weights
+    if weights == "auto":
+        weights = "quantized" if kernels == "native" else "dense"
+    return Numerics(dtype, dtype if config.kv_dtype == "auto" else config.kv_dtype, weights, kernels)
+
+
+def missing_kernels(config: EngineConfig) -> str | None:
+    """Why a run that would use the C++ kernels goes without them; None where nothing is missing."""
+    wants = config.kernels == "auto" and config.dtype != "float32" and backend() == "cpu"
+    return native.problem() if wants else None
+
+
+def _resolve_kernels(config: EngineConfig, dtype: str) -> Literal["xla", "native"]:
+    if config.kernels == "auto":
+        is_possible = backend() == "cpu" and dtype == "bfloat16" and native.problem() is None
+        return "native" if is_possible else "xla"
+    if config.kernels == "native":
+        if dtype == "float32":
+            raise RequestError(
+                "kernels='native' multiply in int8 and bf16; use dtype='bfloat16' or kernels='xla'"
+            )
+        if backend() != "cpu":
+            raise UnsupportedError(
+                f"kernels='native' are for CPUs; the device is {backend()} (kernels='xla')"
+            )
+        if problem := native.problem():
+            raise UnsupportedError(f"kernels='native' cannot be used: {problem} (kernels='xla')")
+    return config.kernels
 
 
 def _machine() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from realm_jax.config import TILE
+from realm_jax.config import TILE, Numerics
 from realm_jax.kernels import row_sum, top_k
 from realm_jax.model import Caches, Transformer, hidden_states, next_token_logits
 from realm_jax.params import MAX_LOGPROBS
@@ -77,11 +77,11 @@ def score_tiles(
 
 
 def logits(
-    model: Transformer, params: Params, token_ids: Sequence[int], kv_dtype: str
+    model: Transformer, params: Params, token_ids: Sequence[int], numerics: Numerics
 ) -> Float[np.ndarray, "T V"]:
     """float32: row t scores the token that follows the first t + 1. Computed in the tiles of serving."""
     capacity = max(1 << (len(token_ids) - 1).bit_length(), CALLS[-1] * TILE)  # few capacities, few programs
-    caches = model.empty_caches(1, capacity, kv_dtype)
+    caches = model.empty_caches(1, capacity, numerics)
     rows, start = [], 0
     while start < len(token_ids):
         left = -(-(len(token_ids) - start) // TILE)

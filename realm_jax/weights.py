@@ -7,16 +7,17 @@ from math import prod
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
-from realm_jax import rope
+from realm_jax import projections, rope
 from realm_jax.architectures import Parameter, Part, parameters
-from realm_jax.config import ModelConfig
+from realm_jax.config import ModelConfig, Numerics
 from realm_jax.errors import ModelFileError
+from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile
-from realm_jax.nodes import Biased, Dense, Kernel
-from realm_jax.quant import dequantize, dequantize_into
+from realm_jax.nodes import Biased
+from realm_jax.projections import Stored
+from realm_jax.quant import dequantize
 
 Params = dict[str, Any]
 Progress = Callable[[int], None]  # called with the bytes of the file that were just read
@@ -28,12 +29,12 @@ def load(
     file: GGUFFile,
     config: ModelConfig,
     *,
-    dtype: str,
+    numerics: Numerics,
     context: int,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Params:
-    """The model's params, projections dense in `dtype` ("float32" or "bfloat16").
+    """The model's params, stored and multiplied as `numerics` says.
 
     context: tokens a sequence may hold; it chooses between long and short rope factors.
     Raises ModelFileError with all missing, extra and mis-shaped tensors before anything is read.
@@ -42,45 +43,46 @@ def load(
     check_tensors(file, wanted)
     present = [p for p in wanted if _is_present(file, p)]
     params: Params = {"rope": _rope_frequencies(file, config, context)}
-    storage = _storage(dtype)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        nodes = pool.map(lambda p: _load_parameter(file, p, storage, progress), present)
+        nodes = pool.map(lambda p: _load_parameter(file, p, numerics, progress), present)
         for parameter, node in zip(present, nodes, strict=True):
             _put(params, parameter.path, node)
     params.setdefault("head", params["embedding"])  # tied
     return params
 
 
-def _load_parameter(file: GGUFFile, p: Parameter, storage: np.dtype, progress: Progress | None) -> Any:
+def _load_parameter(file: GGUFFile, p: Parameter, numerics: Numerics, progress: Progress | None) -> Any:
     if p.is_vector:
-        node = _on_device(_vector(file, p.parts[0].name + ".weight"))
+        node = projections.scale(_vector(file, p.parts[0].name + ".weight"), numerics)
     else:
-        node = _projection(file, p.parts, storage)
+        node = projections.projection([_stored(file, part) for part in p.parts], numerics)
+        if (bias := _bias(file, p.parts)) is not None:
+            node = Biased(node, jax.device_put(bias))
     if progress is not None:
         progress(sum(_part_bytes(file, part) for part in p.parts))
     return node
 
 
-def _projection(file: GGUFFile, parts: tuple[Part, ...], storage: np.dtype) -> Kernel:
-    """The parts stacked along their outputs, and so their biases, where there are any."""
-    sizes = [part.shape[-2] for part in parts]
-    weight = _aligned_empty((sum(sizes), parts[0].shape[-1]), storage)
-    for part, rows in zip(parts, np.split(weight, np.cumsum(sizes)[:-1]), strict=True):
-        info = file.tensors[part.name + ".weight"]
-        data = file.data(info.name)
-        if part.expert is not None:
-            each = info.nbytes // part.shape[0]
-            data = data[part.expert * each :][:each]
-        dequantize_into(data, info.ggml_type, rows)
-    dense = Dense(_on_device(weight))
-    biases = [part.name + ".bias" for part in parts]
-    if not any(name in file.tensors for name in biases):
-        return dense
+def _stored(file: GGUFFile, part: Part) -> Stored:
+    """The part's matrix as it lies in the file."""
+    info = file.tensors[part.name + ".weight"]
+    data = file.data(info.name)
+    if part.expert is not None:
+        each = info.nbytes // part.shape[0]
+        data = data[part.expert * each :][:each]
+    return Stored(data, GGMLType(info.ggml_type), (part.shape[-2], part.shape[-1]))
+
+
+def _bias(file: GGUFFile, parts: tuple[Part, ...]) -> np.ndarray | None:
+    """The parts' biases one after another, zeros for those that have none; None where no part has one."""
+    names = [part.name + ".bias" for part in parts]
+    if not any(name in file.tensors for name in names):
+        return None
     vectors = [
-        _vector(file, name) if name in file.tensors else np.zeros(size, np.float32)
-        for name, size in zip(biases, sizes, strict=True)
+        _vector(file, name) if name in file.tensors else np.zeros(part.shape[-2], np.float32)
+        for name, part in zip(names, parts, strict=True)
     ]
-    return Biased(dense, _on_device(np.concatenate(vectors)))
+    return np.concatenate(vectors)
 
 
 def _rope_frequencies(file: GGUFFile, config: ModelConfig, context: int) -> dict[str, jax.Array]:
@@ -95,7 +97,7 @@ def _rope_frequencies(file: GGUFFile, config: ModelConfig, context: int) -> dict
     ):
         raise ModelFileError(f"{file.path.name}: rope factors must be {pairs} positive numbers")
     return {
-        name: _on_device(rope.frequencies(config, factors if name == "global" else None))
+        name: jax.device_put(rope.frequencies(config, factors if name == "global" else None))
         for name, config in ropes.items()
     }
 
@@ -129,28 +131,22 @@ def check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
         )
 
 
-def planned_bytes(file: GGUFFile, config: ModelConfig, dtype: str) -> int:
+def planned_bytes(file: GGUFFile, config: ModelConfig, numerics: Numerics) -> int:
     """What `resident_bytes` of the loaded params will be."""
-    each = _storage(dtype).itemsize
-    nodes = sum(_planned(file, p, each) for p in parameters(config) if _is_present(file, p))
+    nodes = sum(_planned(file, p, numerics) for p in parameters(config) if _is_present(file, p))
     return nodes + sum(4 * (rope.dims // 2) for _, rope in config.ropes)
 
 
-def _planned(file: GGUFFile, p: Parameter, each: int) -> int:
+def _planned(file: GGUFFile, p: Parameter, numerics: Numerics) -> int:
     if p.is_vector:
         return 4 * prod(p.parts[0].shape)
-    rows = sum(part.shape[-2] for part in p.parts)
-    is_biased = any(part.name + ".bias" in file.tensors for part in p.parts)
-    return rows * (p.parts[0].shape[-1] * each + 4 * is_biased)
+    biases = sum(part.shape[-2] for part in p.parts if _bias(file, p.parts) is not None)
+    return 4 * biases + projections.planned_bytes([_stored(file, part) for part in p.parts], numerics)
 
 
 def resident_bytes(params: Params) -> int:
     """Bytes of all arrays, a shared one counted once."""
     return sum({id(x): x.nbytes for x in jax.tree.leaves(params)}.values())
-
-
-def _storage(dtype: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
 
 
 def _is_present(file: GGUFFile, p: Parameter) -> bool:
@@ -165,18 +161,6 @@ def _part_bytes(file: GGUFFile, part: Part) -> int:
 def _vector(file: GGUFFile, name: str) -> np.ndarray:
     info = file.tensors[name]
     return dequantize(file.data(name), info.ggml_type, info.shape)
-
-
-def _on_device(x: np.ndarray) -> jax.Array:
-    return jax.device_put(x)
-
-
-def _aligned_empty(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-    """An uninitialized array at a 64-byte boundary, which a CPU device adopts without a copy."""
-    nbytes = shape[0] * shape[1] * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _put(tree: Params, path: Iterable[str], node: Any) -> None:

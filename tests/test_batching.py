@@ -15,7 +15,7 @@ from tiny import VOCAB
 
 from realm_jax import LLM, CapacityError, RequestError, SamplingParams
 from realm_jax.cache import Int8Cache, empty_cache
-from realm_jax.config import TILE
+from realm_jax.config import TILE, Numerics
 from realm_jax.kernels import reference
 from realm_jax.serving.request import FinishReason, GenerationOutput, Request, TextDelta
 
@@ -165,7 +165,7 @@ def test_int8_caches_are_exact_but_for_rounding() -> None:
     q, k, v = (draw.standard_normal((B, T, heads, H)).astype(np.float32) for heads in (N, K, K))
     k[0, 3] = 0.0
     positions = jnp.asarray(np.tile(np.arange(T, dtype=np.int32), (B, 1)))
-    cache = empty_cache((B + 1, K, C, H), "int8")
+    cache = empty_cache((B + 1, K, C, H), Numerics("bfloat16", "int8", "dense", "xla"))
     slots = jnp.array([2, 0], jnp.int32)
     cache = cache.write(jnp.asarray(k), jnp.asarray(v), slots, positions)
     assert isinstance(cache, Int8Cache)

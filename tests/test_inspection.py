@@ -18,7 +18,6 @@ from realm_jax.weights import resident_bytes
 
 TIER_1 = ["llama-mha", "llama-gqa-tied", "llama-bias", "llama-rope-freqs", "llama-moe", "llama-mixed-types"]
 TIER_1 += ["qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3-longrope"]
-DTYPES = ["float32", "bfloat16"]
 
 
 def overwrite(path: Path, name: str, values: float | int, where: Any = ...) -> Path:
@@ -34,14 +33,15 @@ def problems(path: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("case", TIER_1)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_planned_memory_is_what_the_loaded_model_holds(fixtures: Path, case: str, dtype: str):
+@pytest.mark.parametrize("storage", inspection.NUMERICS)
+def test_planned_memory_is_what_the_loaded_model_holds(fixtures: Path, case: str, storage: str):
     path = fixtures / "arch" / case / "model.gguf"
-    model = load_model(path, EngineConfig.from_options(dtype=dtype))
+    numerics = inspection.NUMERICS[storage]
+    model = load_model(path, EngineConfig(dtype=numerics.dtype, weights=numerics.weights))
     with gguf.open(path) as file:
-        planned = inspection.describe(file)["memory_bytes"][dtype]
+        planned = inspection.describe(file)["memory_bytes"][storage]
     assert planned["weights"] == resident_bytes(model.params)
-    caches = Transformer(model.config).empty_caches(4, 256, dtype)
+    caches = Transformer(model.config).empty_caches(4, 256, numerics)
     assert planned["cache_per_1024_tokens"] == sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
 
 
@@ -108,12 +108,12 @@ def test_describing_a_file_that_lacks_a_tensor_fails(fixtures: Path):
         inspection.describe(file)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_budget_is_what_weights_and_caches_may_take(tiny_model: Path, dtype: str):
     """The least budget that is accepted is what a run holds once all its pools are in use."""
     options = {"dtype": dtype, "ctx_size": 1500, "max_num_seqs": 4}
     llm = LLM(tiny_model, **options)
-    strategy = Autoregressive(llm.transformer, llm.model.kv_dtype)
+    strategy = Autoregressive(llm.transformer, llm.model.numerics)
     states = [strategy.empty_state(pool) for pool in llm.engine.buckets.pools]
     assert len(states) > 1
     caches = [leaf.nbytes for state in states for leaf in jax.tree.leaves(state.caches)]

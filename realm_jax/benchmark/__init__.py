@@ -107,8 +107,8 @@ def setup(llm: LLM) -> dict[str, Any]:
         "params": params,
         "backend": runtime.backend(),
         "threads": llm.engine_config.threads or os.cpu_count(),
-        "type_k": llm.model.kv_dtype,
-        "type_v": llm.model.kv_dtype,
+        "type_k": llm.model.numerics.kv_dtype,
+        "type_v": llm.model.numerics.kv_dtype,
     }
 
 

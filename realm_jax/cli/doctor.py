@@ -31,7 +31,8 @@ def doctor(
 
     config = EngineConfig(ctx_size=ctx_size, device=device)
     runtime.configure(config, hub.cache_dir())
-    dtype, kv_dtype = runtime.resolve_dtype(config)
+    numerics = runtime.resolve_numerics(config)
+    missing = runtime.missing_kernels(config)
     default = hub.cached_path()
     facts: dict[str, Any] = {
         "realm_jax": __version__,
@@ -41,13 +42,14 @@ def doctor(
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "backend": runtime.backend(),
         "devices": [str(each) for each in jax.devices()],
-        "dtype": dtype,
-        "kv_dtype": kv_dtype,
-        "kernels": "xla",
+        "dtype": numerics.dtype,
+        "kv_dtype": numerics.kv_dtype,
+        "weights": numerics.weights,
+        "kernels": _kernels(numerics.kernels, missing),
         "cache": str(hub.cache_dir()),
         "compile_cache": str(jax.config.values["jax_compilation_cache_dir"]),
         "default_model": str(default) if default else "not downloaded (realm models pull)",
-        "programs": Buckets.plan(ctx_size or 4096, config).programs(),
+        "programs": Buckets.plan(ctx_size or 4096, config, numerics.least_rows).programs(),
     }
     if as_json:
         print(json.dumps(facts))
@@ -55,6 +57,14 @@ def doctor(
     programs = facts.pop("programs")
     print(table((name.replace("_", " "), _text(value)) for name, value in facts.items()))
     print(f"\nprograms that a run may compile: {len(programs)}", *programs, sep="\n  ")
+
+
+def _kernels(kernels: str, missing: str | None) -> str:
+    if kernels == "native":
+        from realm_jax.kernels import native
+
+        return f"native ({native.select()})"
+    return kernels if missing is None else f"{kernels}; no native ones: {missing}"
 
 
 def _text(value: Any) -> str:

@@ -109,9 +109,12 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _memory_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a run needs in each arithmetic, and where that is what --dtype auto means."""
-    for dtype, need in facts["memory_bytes"].items():
-        backends = [backend for backend, default in facts["default_dtype"].items() if default == dtype]
+    """What a run needs with each storage, and where that is the default."""
+    for storage, need in facts["memory_bytes"].items():
+        backends = [backend for backend, default in facts["default_storage"].items() if default == storage]
         default = f" (default on {', '.join(backends)})" if backends else ""
         cache = size(need["cache_per_1024_tokens"])
-        yield f"memory, {dtype}", f"weights {size(need['weights'])}, cache {cache} per 1,024 tokens{default}"
+        yield (
+            f"memory, {storage}",
+            f"weights {size(need['weights'])}, cache {cache} per 1,024 tokens{default}",
+        )

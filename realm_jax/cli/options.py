@@ -91,7 +91,14 @@ class EngineFlags:
         ),
     ] = None
     dtype: Annotated[DTypeName, flag("--dtype", "Arithmetic.")] = "auto"
-    weights: Annotated[Literal["auto", "dense"], flag("--weights", "Storage of weights.")] = "auto"
+    weights: Annotated[
+        Literal["auto", "dense", "quantized"],
+        flag("--weights", "Storage of weights: the file's own codes, or expanded."),
+    ] = "auto"
+    kernels: Annotated[
+        Literal["auto", "xla", "native"],
+        flag("--kernels", "Who multiplies: C++ (on CPU), or XLA alone."),
+    ] = "auto"
     kv_dtype: Annotated[KVName, flag("--kv-dtype", "Storage of the KV cache.")] = "auto"
     deterministic: Annotated[
         bool,

@@ -82,6 +82,7 @@ def open_model(flags: EngineFlags, status: Status, *, max_num_seqs: int) -> LLM:
             options.pop("model"),
             on_load=status.loading,
             on_compile=status.compiling,
+            on_notice=lambda notice: print(f"note: {notice}", file=sys.stderr),
             max_num_seqs=max_num_seqs,
             **options,
         )

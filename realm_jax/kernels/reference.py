@@ -26,6 +26,12 @@ def row_sum(x: Float[Array, "*lead n"]) -> Float[Array, "*lead"]:
     return x[..., 0]
 
 
+def rms_norm(x: Float[Array, "*lead D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*lead D"]:
+    """Rows scaled to root mean square 1, then by `scale` (Zhang and Sennrich 2019)."""
+    mean_square = row_sum(x * x)[..., None] / x.shape[-1]
+    return x * jax.lax.rsqrt(mean_square + eps) * jnp.broadcast_to(scale, x.shape)
+
+
 def matmul(x: Float[Array, "*lead I"], weight: Float[Array, "O I"]) -> Float[Array, "*lead O"]:
     """`x @ weight.T` in float32, from inputs in the weight's type.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from realm_jax.buckets import Buckets
-from realm_jax.config import EngineConfig
+from realm_jax.config import MIN_ROWS, EngineConfig
 from realm_jax.decoding import StepOutput, Strategy
 from realm_jax.errors import RequestError
 from realm_jax.model import Transformer
@@ -58,9 +58,10 @@ class Engine:
         *,
         context: int,
         config: EngineConfig,
+        least_rows: int = MIN_ROWS,
         on_compile: Callable[[str], None] | None = None,
     ) -> None:
-        self.buckets = Buckets.plan(context, config)
+        self.buckets = Buckets.plan(context, config, least_rows)
         self.scheduler = Scheduler(
             self.buckets, context, max_queue=config.max_queue, prefix_caching=config.prefix_caching
         )

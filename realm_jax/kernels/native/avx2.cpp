@@ -1,0 +1,30 @@
+// Any x86-64 processor since about 2013.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+// Only what stands between the pragmas may use these instructions: the standard library stays outside.
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace realm {
+namespace {
+
+#include "vector_avx2.inl"
+
+#include "matmul.inl"
+#include "matmul_bf16.inl"
+#include "norm.inl"
+#include "attention.inl"
+#include "cache.inl"
+
+}  // namespace
+
+extern const Kernels avx2_kernels = {"avx2", quantize, multiply, to_pairs, multiply_half, normalize, attend, write};
+
+}  // namespace realm
+
+#pragma GCC pop_options

@@ -1,0 +1,31 @@
+// Intel since Cooper Lake, AMD since Zen 4.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+// Only what stands between the pragmas may use these instructions: the standard library stays outside.
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c,avx512bf16")
+
+namespace realm {
+namespace {
+
+#define REALM_HAS_BF16
+#include "vector_avx512.inl"
+
+#include "matmul.inl"
+#include "matmul_bf16.inl"
+#include "norm.inl"
+#include "attention.inl"
+#include "cache.inl"
+
+}  // namespace
+
+extern const Kernels avx512bf16_kernels = {"avx512bf16", quantize, multiply, to_pairs, multiply_half, normalize, attend, write};
+
+}  // namespace realm
+
+#pragma GCC pop_options

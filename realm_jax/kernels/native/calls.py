@@ -1,0 +1,146 @@
+"""What the C++ kernels compute, as functions of arrays; gradients pass through the plain formulas.
+
+L tiles, I inputs, O outputs, D features; see `kernels.tiles` and `kernels.attention` for the rest.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int8, UInt8, UInt16
+
+from realm_jax.kernels import reference
+from realm_jax.kernels.tiles import TileFormat, dequantize_tiles
+
+
+def tiles_matmul(
+    x: Float[Array, "*lead I"], tiles: UInt8[Array, "L bytes"], form: TileFormat, outputs: int
+) -> Float[Array, "*lead O"]:
+    """`x @ weight.T`, with x rounded to int8 under a scale for each 32 inputs, and exact weights.
+
+    A row's bits depend on that row alone.
+    """
+    y = _tiles_matmul(x.reshape(-1, x.shape[-1]), tiles, form, outputs)
+    return y.reshape(*x.shape[:-1], outputs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _tiles_matmul(x: Array, tiles: Array, form: TileFormat, outputs: int) -> Array:
+    call = jax.ffi.ffi_call("realm_matmul", jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32))
+    return call(
+        x,
+        tiles,
+        group=np.int64(form.group),
+        super_group=np.int64(form.super_group),
+        bits=np.int64(form.bits),
+        offset=np.int64(form.offset),
+        table=np.array(form.table, np.uint8),
+        is_float32=form.factor == "float32",
+        has_bytes=form.has_bytes,
+        has_minimum=form.has_minimum,
+    )  # pyright: ignore[reportReturnType]
+
+
+def _tiles_forward(x: Array, tiles: Array, form: TileFormat, outputs: int) -> tuple[Array, Array]:
+    return _tiles_matmul(x, tiles, form, outputs), tiles  # pyright: ignore[reportReturnType]
+
+
+def _tiles_backward(form: TileFormat, outputs: int, tiles: Array, cotangent: Array) -> tuple[Array, None]:
+    """As if x had not been rounded: the transposed product."""
+    weight = dequantize_tiles(tiles, form)[:outputs]
+    return jnp.matmul(cotangent, weight, precision=jax.lax.Precision.HIGHEST), None
+
+
+_tiles_matmul.defvjp(_tiles_forward, _tiles_backward)
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "M I"], weight: Float[Array, "O I"]) -> Float[Array, "M O"]:
+    """`x @ weight.T` of a bf16 weight, x rounded to bf16; I is a multiple of 32."""
+    y = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call("realm_matmul_bf16", y)(x, weight)  # pyright: ignore[reportReturnType]
+
+
+def _matmul_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, weight), (x, weight)  # pyright: ignore[reportReturnType]
+
+
+def _matmul_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, ...]:
+    return jax.vjp(reference.matmul, *kept)[1](cotangent)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "*lead D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*lead D"]:
+    """Rows scaled to root mean square 1, then by `scale`."""
+    y = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return jax.ffi.ffi_call("realm_rms_norm", y)(x, scale, eps=np.float32(eps))  # pyright: ignore[reportReturnType]
+
+
+def _norm_forward(x: Array, scale: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    return rms_norm(x, scale, eps), (x, scale)  # pyright: ignore[reportReturnType]
+
+
+def _norm_backward(eps: float, kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, ...]:
+    return jax.vjp(lambda x, scale: reference.rms_norm(x, scale, eps), *kept)[1](cotangent)
+
+
+rms_norm.defvjp(_norm_forward, _norm_backward)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Array,  # [S, K, C, H]
+    v: Array,  # [S, K, C, H]
+    k_scale: Float[Array, "S K C"] | None,
+    v_scale: Float[Array, "S K C"] | None,
+    slots: Int[Array, "B"] | None,
+    positions: Int[Array, "B T"],
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """As `kernels.attention`, of bf16's bits in uint16 or int8 codes; C is a multiple of 64."""
+    none = jnp.zeros(0, jnp.float32)
+    call = jax.ffi.ffi_call("realm_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
+    how: dict[str, Any] = {
+        "scale": np.float32(scale),
+        "softcap": np.float32(softcap or 0),
+        "window": np.int64(window or 0),
+    }
+    scales = (none if k_scale is None else k_scale, none if v_scale is None else v_scale)
+    return call(q, k, v, *scales, _or_none(slots), positions, **how)  # pyright: ignore[reportReturnType]
+
+
+def write_cache(
+    x: Float[Array, "B T K H"],
+    slots: Int[Array, "B"] | None,
+    positions: Int[Array, "B T"],
+    cache: UInt16[Array, "S K C H"],
+) -> UInt16[Array, "S K C H"]:
+    """The cache with x in bf16 at the rows' slots and positions; it is written in place where it is donated."""
+    result = jax.ShapeDtypeStruct(cache.shape, cache.dtype)
+    call = jax.ffi.ffi_call("realm_cache_write", result, input_output_aliases={3: 0})
+    return call(x, _or_none(slots), positions, cache)  # pyright: ignore[reportReturnType]
+
+
+def write_cache_int8(
+    x: Float[Array, "B T K H"],
+    slots: Int[Array, "B"] | None,
+    positions: Int[Array, "B T"],
+    cache: Int8[Array, "S K C H"],
+    scales: Float[Array, "S K C"],
+) -> tuple[Int8[Array, "S K C H"], Float[Array, "S K C"]]:
+    """As `write_cache`, in codes from -127 to 127 under a scale for each token and head."""
+    results = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (cache, scales)]
+    call = jax.ffi.ffi_call("realm_cache_write_int8", results, input_output_aliases={3: 0, 4: 1})
+    return tuple(call(x, _or_none(slots), positions, cache, scales))  # pyright: ignore[reportReturnType]
+
+
+def _or_none(slots: Array | None) -> Array:
+    return jnp.zeros(0, jnp.int32) if slots is None else slots

@@ -1,0 +1,241 @@
+// The operations as XLA custom calls: arguments checked, work divided over XLA's threads.
+#include "xla/ffi/api/ffi.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace ffi = xla::ffi;
+
+namespace realm {
+
+extern const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels;
+
+namespace {
+
+// Memory that grows and stays.
+struct Memory {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Memory() { std::free(data); }
+
+  void* at_least(size_t bytes) {
+    if (size < bytes) {
+      std::free(data);
+      size = (bytes + 4095) / 4096 * 4096;
+      data = std::aligned_alloc(64, size);
+      if (data == nullptr) std::abort();  // a few megabytes: nothing can go on without them
+    }
+    return data;
+  }
+};
+
+thread_local Memory own, shared;
+
+}  // namespace
+
+void* scratch(size_t bytes) { return own.at_least(bytes); }
+
+namespace {
+
+const Kernels* kernels = nullptr;  // chosen by realm_select
+
+// Numbers that one part of the work has at least: below, a second thread costs more than it saves.
+constexpr int64_t GRAIN = 1 << 15;
+
+int64_t grain_of(int64_t count, int64_t each) {
+  const int64_t least = (GRAIN + each - 1) / each, many = count / 64;
+  return least > many ? least : many;
+}
+
+ffi::Error invalid(const char* what) { return ffi::Error::InvalidArgument(what); }
+
+ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> tiles, ffi::ResultBuffer<ffi::F32> y,
+                    int64_t group, int64_t super_group, int64_t bits, int64_t offset, ffi::Span<const uint8_t> table,
+                    bool is_float32, bool has_bytes, bool has_minimum) {
+  const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
+  const int64_t count = (outputs + LANES - 1) / LANES;
+  if ((group != 16 && group != 32) || super_group % group != 0 || inputs % BLOCK != 0 || inputs % super_group != 0)
+    return invalid("realm_matmul: inputs are no whole groups");
+  Product p;
+  p.weights = {tiles.typed_data(), outputs, inputs, group, super_group, table.size() == 16 ? table.begin() : nullptr,
+               bits == 4, is_float32, has_bytes, has_minimum};
+  if (tiles.dimensions()[0] != count || tiles.dimensions()[1] != p.weights.record())
+    return invalid("realm_matmul: the tiles do not fit x and y");
+  const int64_t scales = M * (inputs / BLOCK), sums = M * (inputs / group);
+  auto* memory = static_cast<float*>(shared.at_least(static_cast<size_t>(4 * (scales + 2 * sums) + M * inputs)));
+  p.rows = {x.typed_data(), reinterpret_cast<int8_t*>(memory + scales + 2 * sums), memory, memory + scales,
+            reinterpret_cast<int32_t*>(memory + scales + sums), inputs, group, static_cast<int32_t>(offset)};
+  p.y = y->typed_data();
+  p.count = M;
+  parallel_for(pool, M, grain_of(M, inputs), [&](int64_t first, int64_t last) { kernels->quantize(p.rows, first, last); });
+  const int64_t work = inputs * LANES * (M < 4 ? 1 : M / 4);
+  parallel_for(pool, count, grain_of(count, work), [&](int64_t first, int64_t last) { kernels->multiply(p, first, last); });
+  return ffi::Error::Success();
+}
+
+ffi::Error multiply_half(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
+                         ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
+  if (inputs % BLOCK != 0) return invalid("realm_matmul_bf16: inputs must be a multiple of 32");
+  auto* pairs = static_cast<uint32_t*>(shared.at_least(static_cast<size_t>(2 * M * inputs)));
+  HalfProduct p{static_cast<const uint16_t*>(weight.untyped_data()), pairs, x.typed_data(), y->typed_data(), M, outputs, inputs};
+  parallel_for(pool, M, grain_of(M, inputs), [&](int64_t first, int64_t last) { kernels->to_pairs(p, first, last); });
+  const int64_t grain = (grain_of(outputs, inputs * (M < 4 ? 1 : M / 4)) + 3) / 4 * 4;
+  parallel_for(pool, outputs, grain, [&](int64_t first, int64_t last) { kernels->multiply_half(p, first, last); });
+  return ffi::Error::Success();
+}
+
+ffi::Error normalize(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y, float eps) {
+  const int64_t features = scale.element_count(), rows = features == 0 ? 0 : static_cast<int64_t>(x.element_count()) / features;
+  Norm n{x.typed_data(), scale.typed_data(), y->typed_data(), features, eps};
+  parallel_for(pool, rows, grain_of(rows, features), [&](int64_t first, int64_t last) { kernels->normalize(n, first, last); });
+  return ffi::Error::Success();
+}
+
+ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::F32> k_scale,
+                  ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> positions,
+                  ffi::ResultBuffer<ffi::F32> out, float scale, float softcap, int64_t window) {
+  auto shape = q.dimensions(), kept = k.dimensions();
+  Attention a;
+  a.B = shape[0], a.T = shape[1], a.N = shape[2], a.H = shape[3];
+  a.S = kept[0], a.K = kept[1], a.C = kept[2];
+  if (a.C % SPAN != 0) return invalid("realm_attention: the capacity must be a multiple of 64");
+  if (kept[3] != a.H || a.N % a.K != 0) return invalid("realm_attention: heads do not fit the cache");
+  a.q = q.typed_data(), a.k = k.untyped_data(), a.v = v.untyped_data();
+  a.k_scale = k_scale.element_count() == 0 ? nullptr : k_scale.typed_data();
+  a.v_scale = v_scale.element_count() == 0 ? nullptr : v_scale.typed_data();
+  a.slots = slots.element_count() == 0 ? nullptr : slots.typed_data();
+  a.positions = positions.typed_data(), a.out = out->typed_data();
+  a.scale = scale, a.softcap = softcap, a.window = window;
+  a.tokens = a.T < 16 ? a.T : 16;
+  const int64_t items = a.B * a.K * ((a.T + a.tokens - 1) / a.tokens);
+  parallel_for(pool, items, 1, [&](int64_t first, int64_t last) { kernels->attend(a, first, last); });
+  return ffi::Error::Success();
+}
+
+// Keys or values written in place: the results are the operands' memory.
+template <class Operand>
+ffi::Error write(ffi::ThreadPool pool, const ffi::Buffer<ffi::F32>& x, const ffi::Buffer<ffi::S32>& slots,
+                 const ffi::Buffer<ffi::S32>& positions, const Operand& operand, void* cache, float* scales) {
+  auto shape = x.dimensions(), kept = operand.dimensions();
+  if (kept[1] != shape[2] || kept[3] != shape[3] || operand.untyped_data() != cache)
+    return invalid("realm_cache_write: heads do not fit the cache, or it is not written in place");
+  CacheWrite c{x.typed_data(), slots.element_count() == 0 ? nullptr : slots.typed_data(), positions.typed_data(),
+               cache, scales, shape[1], shape[2], kept[0], kept[2], shape[3]};
+  const int64_t tokens = shape[0] * shape[1];
+  parallel_for(pool, tokens, grain_of(tokens, c.K * c.H), [&](int64_t first, int64_t last) { kernels->write(c, first, last); });
+  return ffi::Error::Success();
+}
+
+ffi::Error write_half(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> positions,
+                      ffi::Buffer<ffi::U16> cache, ffi::ResultBuffer<ffi::U16> written) {
+  return write(pool, x, slots, positions, cache, written->untyped_data(), nullptr);
+}
+
+ffi::Error write_codes(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> positions,
+                       ffi::Buffer<ffi::S8> cache, ffi::Buffer<ffi::F32> scales, ffi::ResultBuffer<ffi::S8> written,
+                       ffi::ResultBuffer<ffi::F32> written_scales) {
+  if (scales.typed_data() != written_scales->typed_data()) return invalid("realm_cache_write: scales are not written in place");
+  return write(pool, x, slots, positions, cache, written->untyped_data(), written_scales->typed_data());
+}
+
+// What this processor can run, best first.
+const Kernels* usable(int i) {
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vnni");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const struct {
+    bool is_there;
+    const Kernels* kernels;
+  } all[] = {{has_avx512 && __builtin_cpu_supports("avx512bf16"), &avx512bf16_kernels},
+             {has_avx512, &avx512_kernels},
+             {has_avx2, &avx2_kernels}};
+  for (const auto& each : all)
+    if (each.is_there && i-- == 0) return each.kernels;
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace realm
+
+// The instruction set from now on: the one of this name, or, without a name, the best. Null: there is none.
+extern "C" const char* realm_select(const char* name) {
+  for (int i = 0; const realm::Kernels* found = realm::usable(i); i++)
+    if (name == nullptr || std::strcmp(name, found->name) == 0) {
+      realm::kernels = found;
+      return found->name;
+    }
+  return nullptr;
+}
+
+// The version of the interface this was built for: XLA refuses one that is newer than its own.
+extern "C" int realm_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_matmul, realm::multiply,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("super_group")
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("offset")
+                                  .Attr<ffi::Span<const uint8_t>>("table")
+                                  .Attr<bool>("is_float32")
+                                  .Attr<bool>("has_bytes")
+                                  .Attr<bool>("has_minimum"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_matmul_bf16, realm::multiply_half,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_rms_norm, realm::normalize,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_attention, realm::attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<int64_t>("window"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_cache_write, realm::write_half,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::U16>>()
+                                  .Ret<ffi::Buffer<ffi::U16>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_cache_write_int8, realm::write_codes,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S8>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

@@ -1,0 +1,40 @@
+"""Weight nodes multiplied by the C++ kernels: the same arrays as in `nodes`, another product."""
+
+from flax import struct
+from jaxtyping import Array, Float
+
+from realm_jax.config import TILE
+from realm_jax.kernels.native import calls
+from realm_jax.nodes import Dense, Quantized, Scale
+
+
+@struct.dataclass
+class NativeDense(Dense):
+    """A bf16 matrix. Tiles of prompts go to XLA, whose product of many rows is faster.
+
+    Which it is depends on the tokens of one sequence, never on the batch: so bits do not either.
+    """
+
+    def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
+        if x.ndim > 2 and x.shape[-2] >= TILE:
+            return super().__rmatmul__(x)
+        return calls.matmul(x.reshape(-1, x.shape[-1]), self.weight).reshape(
+            *x.shape[:-1], self.weight.shape[0]
+        )  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@struct.dataclass
+class NativeQuantized(Quantized):
+    """Codes multiplied by inputs in int8, under a scale for each 32 of them."""
+
+    def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
+        return calls.tiles_matmul(x, self.tiles, self.form, self.outputs)
+
+
+@struct.dataclass
+class NativeScale(Scale):
+    """The factors of a norm that the C++ kernel computes."""
+
+    def rms_norm(self, x: Float[Array, "*lead D"], eps: float) -> Float[Array, "*lead D"]:
+        """As `Scale.rms_norm`."""
+        return calls.rms_norm(x, self.weight, eps)  # pyright: ignore[reportReturnType]
