@@ -3,6 +3,7 @@
 The names below load on first use, so that importing the package costs nothing.
 """
 
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from realm_jax.params import SamplingParams
 
 __version__ = "0.1.0"
+IMPORTED = time.time()
+"""When this process began to read the package."""
 
 _HOME = {
     "LLM": "llm",

@@ -87,7 +87,7 @@ class Numerics:
 
     dtype: Literal["bfloat16", "float32"]
     kv_dtype: Literal["bfloat16", "float32", "int8"]
-    weights: Literal["dense", "quantized"]
+    weights: Literal["dense", "quantized", "int8"]
     kernels: Literal["xla", "native"]
 
     @property
@@ -102,7 +102,9 @@ class EngineConfig:
 
     ctx_size: tokens a sequence may hold, prompt included; None = the model's context, at most 4096.
     dtype: arithmetic. "float32" expands weights, and keeps the KV cache and all products in float32.
-    weights: storage of projections. "quantized" keeps the file's codes and scales, exactly; "dense" expands.
+    weights: storage of projections. "quantized" keeps the file's codes and scales, exactly; "dense" expands;
+      "int8" rounds, which "auto" never does: with native kernels what the file has in plain numbers, with
+      XLA all but what loses most by it.
     kernels: who multiplies. "native": the C++ kernels, on CPU; "xla": the compiler alone.
     kv_dtype: storage of the cache; "auto" follows `dtype`; "int8" has a scale per token and head.
     max_num_seqs: sequences that run at once; further requests wait.
@@ -116,7 +118,7 @@ class EngineConfig:
 
     ctx_size: int | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    weights: Literal["auto", "dense", "quantized"] = "auto"
+    weights: Literal["auto", "dense", "quantized", "int8"] = "auto"
     kernels: Literal["auto", "xla", "native"] = "auto"
     kv_dtype: Literal["auto", "bfloat16", "float32", "int8"] = "auto"
     max_num_seqs: int = 16
@@ -173,7 +175,7 @@ _LIMITS = {
 _REQUIRED = ("max_num_seqs", "max_num_batched_tokens")
 _CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
-    "weights": ("auto", "dense", "quantized"),
+    "weights": ("auto", "dense", "quantized", "int8"),
     "kernels": ("auto", "xla", "native"),
     "kv_dtype": ("auto", "bfloat16", "float32", "int8"),
     "device": ("auto", "cpu", "gpu", "tpu"),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from realm_jax.cache import Cache
 from realm_jax.config import Activation, LayerKind, ModelConfig
 from realm_jax.kernels import row_sum
-from realm_jax.rope import rotate
+from realm_jax.nodes import Rotation
 
 ACTIVATIONS = {
     Activation.SILU: nn.silu,
@@ -26,11 +26,11 @@ ACTIVATIONS = {
 
 @struct.dataclass
 class Where:
-    """Which slots and positions the tokens of a call belong to, and their rotary angles by rope name."""
+    """Which slots and positions the tokens of a call belong to, and their turns by rope name."""
 
     slots: jax.Array | None  # [B]; None: row b is slot b
     positions: jax.Array  # [B, T] absolute
-    angles: dict[str, tuple[jax.Array, jax.Array]]  # cos, sin [B, T, P]
+    rotations: dict[str, Rotation]
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
@@ -79,9 +79,8 @@ class Attention(nn.Module):
         q, k, v = jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
         if c.qk_norm:
             q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
-        cos, sin = where.angles[self.kind.rope]
-        interleaved = dict(c.ropes)[self.kind.rope].interleaved
-        q, k = (rotate(h, cos, sin, interleaved=interleaved) for h in (q, k))
+        turn = where.rotations[self.kind.rope]
+        q, k = turn(q), turn(k)
         cache = cache.write(k, v, where.slots, where.positions)
         out = cache.attend(
             q,

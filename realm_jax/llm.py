@@ -16,6 +16,7 @@ from realm_jax.errors import RequestError
 from realm_jax.loading import LoadProgress, load_model
 from realm_jax.model import Transformer
 from realm_jax.params import SamplingParams
+from realm_jax.programs import Programs
 from realm_jax.scoring import Score
 from realm_jax.serving.engine import Engine
 from realm_jax.serving.request import FinishReason, GenerationOutput, Request, TextDelta
@@ -45,9 +46,13 @@ class LLM:
     ) -> None:
         self.engine_config = EngineConfig.from_options(**engine_config)
         path = hub.resolve(model, offline=self.engine_config.offline)
-        runtime.configure(self.engine_config, hub.cache_dir())
+        runtime.configure(self.engine_config)
         if on_notice is not None and (missing := runtime.missing_kernels(self.engine_config)):
             on_notice(f"native kernels are not used, XLA's alone are slower: {missing}")
+        programs = Programs(runtime.program_folder(hub.cache_dir()))
+        # the arithmetic is known first: it makes the C++ kernels ready, which programs call
+        numerics, file = runtime.resolve_numerics(self.engine_config), path.stat()
+        programs.expect((path.resolve(), file.st_size, file.st_mtime_ns, self.engine_config, numerics))
         self.model = load_model(path, self.engine_config, on_load)
         self.tokenizer = self.model.tokenizer
         self.transformer = Transformer(self.model.config)
@@ -59,6 +64,7 @@ class LLM:
             context=self.model.context,
             config=self.engine_config,
             least_rows=self.model.numerics.least_rows,
+            programs=programs,
             on_compile=on_compile,
         )
         self._ids = itertools.count()

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from realm_jax.cache import Cache, empty_cache
 from realm_jax.config import ModelConfig, Numerics
 from realm_jax.layers import Block, RMSNorm, Where
-from realm_jax.rope import angles
 
 Caches = tuple[Cache, ...]  # one a layer: a single stacked array would be copied whole at each step
 
@@ -35,9 +34,8 @@ class Transformer(nn.Module):
         """
         c = self.config
         x = self.get_variable("params", "embedding").rows(tokens) * c.embedding_scale
-        frequencies = self.get_variable("params", "rope")
-        turned = {name: angles(positions, frequencies[name], rope.magnitude) for name, rope in c.ropes}
-        where = Where(slots, positions, turned)
+        ropes = self.get_variable("params", "rope")
+        where = Where(slots, positions, {name: rope.at(positions) for name, rope in ropes.items()})
         written = []
         for i, (kind, cache) in enumerate(zip(c.layers, caches, strict=True)):
             block = Block(c, kind, parent=None)

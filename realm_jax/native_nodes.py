@@ -1,11 +1,13 @@
 """Weight nodes multiplied by the C++ kernels: the same arrays as in `nodes`, another product."""
 
+from typing import ClassVar
+
 from flax import struct
 from jaxtyping import Array, Float
 
 from realm_jax.config import TILE
 from realm_jax.kernels.native import calls
-from realm_jax.nodes import Dense, Quantized, Scale
+from realm_jax.nodes import Dense, Quantized, Rotary, Rotation, Scale
 
 
 @struct.dataclass
@@ -38,3 +40,19 @@ class NativeScale(Scale):
     def rms_norm(self, x: Float[Array, "*lead D"], eps: float) -> Float[Array, "*lead D"]:
         """As `Scale.rms_norm`."""
         return calls.rms_norm(x, self.weight, eps)  # pyright: ignore[reportReturnType]
+
+
+@struct.dataclass
+class NativeRotation(Rotation):
+    """Turns that the C++ kernel makes."""
+
+    def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """As `Rotation`."""
+        return calls.rotate(x, self.cos, self.sin, self.interleaved)  # pyright: ignore[reportReturnType]
+
+
+@struct.dataclass
+class NativeRotary(Rotary):
+    """As `Rotary`, for the C++ kernel."""
+
+    rotation: ClassVar[type[Rotation]] = NativeRotation

@@ -1,11 +1,11 @@
 """Weight nodes: what stands on the right of `x @ kernel`. The node decides how the product is made.
 
 A node is a pytree with a logical `shape` (in, out), `__rmatmul__`, and, where it can be an embedding,
-`rows`. Layers never ask which node they hold. `Dense` and `Quantized` are plain formulas for every backend;
+`rows`. Layers never ask which node they hold. Those here are plain formulas for every backend;
 `native_nodes` has those of the C++ kernels.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from realm_jax.kernels import matmul, rms_norm
+from realm_jax.kernels.int8 import int8_matmul
 from realm_jax.kernels.tiles import TileFormat, tile_rows, tiles_matmul
+from realm_jax.rope import angles, rotate
 
 
 @runtime_checkable
@@ -87,6 +89,24 @@ class Quantized:
 
 
 @struct.dataclass
+class Int8:
+    """A matrix rounded to int8 under a scale for each chunk of inputs, multiplied in int8."""
+
+    __array_ufunc__ = None
+
+    codes: tuple[jax.Array, ...]  # a chunk each, int8 [O, K]
+    scales: jax.Array  # [C, O]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs, chunk = self.codes[0].shape
+        return len(self.codes) * chunk, outputs
+
+    def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
+        return int8_matmul(x, self.codes, self.scales)
+
+
+@struct.dataclass
 class Stacked:
     """Projections of the same inputs, their outputs one after another: parts of different types."""
 
@@ -115,3 +135,31 @@ class Scale:
     def rms_norm(self, x: Float[Array, "*lead D"], eps: float) -> Float[Array, "*lead D"]:
         """The rows at root mean square 1, times the factors."""
         return rms_norm(x, self.weight, eps)
+
+
+@struct.dataclass
+class Rotation:
+    """The turns of a call's positions."""
+
+    cos: jax.Array  # [B, T, P]
+    sin: jax.Array  # [B, T, P]
+    interleaved: bool = struct.field(pytree_node=False)
+
+    def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """The heads, turned."""
+        return rotate(x, self.cos, self.sin, interleaved=self.interleaved)
+
+
+@struct.dataclass
+class Rotary:
+    """How one kind of layer turns positions into angles."""
+
+    rotation: ClassVar[type[Rotation]] = Rotation
+
+    frequency: jax.Array  # [P] angle per position
+    magnitude: float = struct.field(pytree_node=False)
+    interleaved: bool = struct.field(pytree_node=False)
+
+    def at(self, positions: Int[Array, "B T"]) -> Rotation:
+        """The turns of these positions."""
+        return self.rotation(*angles(positions, self.frequency, self.magnitude), self.interleaved)

@@ -1,21 +1,38 @@
-"""Matrices as they lie in a file -> weight nodes, stored and multiplied as a run's numerics say."""
+"""What lies in a file -> weight nodes, stored and multiplied as a run's numerics say."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from itertools import groupby
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from realm_jax.config import Numerics
-from realm_jax.ggml import GGMLType
-from realm_jax.kernels.tiles import BLOCK_INPUTS, LANES
-from realm_jax.native_nodes import NativeDense, NativeQuantized, NativeScale
-from realm_jax.nodes import Dense, Kernel, Quantized, Scale, Stacked
-from realm_jax.quant import FORMATS, BlockFormat, dequantize_into
+from realm_jax.config import Numerics, RopeConfig
+from realm_jax.ggml import BLOCK_SIZES, GGMLType
+from realm_jax.kernels.native.tiling import tile_into
+from realm_jax.kernels.tiles import BLOCK_INPUTS, LANES, TileFormat
+from realm_jax.native_nodes import NativeDense, NativeQuantized, NativeRotary, NativeScale
+from realm_jax.nodes import Dense, Int8, Kernel, Quantized, Rotary, Scale, Stacked
+from realm_jax.quant import FORMATS, BlockFormat, checked_type, dequantize, dequantize_into
+from realm_jax.quant.chunks import CHUNK
 from realm_jax.quant.containers import Packed, pack
+from realm_jax.quant.int8 import chunk_inputs, quantize_q8_0, round_chunks
 from realm_jax.quant.tiling import tile, tile_format
+from realm_jax.rope import frequencies
+
+NUMBERS = (GGMLType.F64, GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+"""What int8 rounds where the C++ kernels multiply: other types are rounded already."""
+
+
+class Layout(Enum):
+    """How a matrix is stored."""
+
+    DENSE = auto()
+    TILES = auto()  # the file's own codes
+    ROUNDED_TILES = auto()  # Q8_0, made of plain numbers
+    CHUNKS = auto()  # int8 codes for XLA
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,14 +43,50 @@ class Stored:
     kind: GGMLType
     shape: tuple[int, int]
 
+    def values(self, first: int, last: int) -> np.ndarray:
+        """Some of its rows in float32."""
+        row = self.data.nbytes // self.shape[0]
+        return dequantize(self.data[first * row : last * row], self.kind, (last - first, self.shape[1]))
+
+    def layout(self, numerics: Numerics) -> Layout:
+        """How it is stored in a run with these numerics."""
+        inputs = self.shape[1]
+        if numerics.weights == "int8" and numerics.kernels == "xla":
+            return Layout.DENSE if chunk_inputs(inputs) is None else Layout.CHUNKS
+        if numerics.weights == "dense" or inputs % BLOCK_INPUTS:
+            return Layout.DENSE
+        if isinstance(FORMATS[self.kind], BlockFormat):
+            return Layout.TILES
+        is_rounded = numerics.weights == "int8" and self.kind in NUMBERS
+        return Layout.ROUNDED_TILES if is_rounded else Layout.DENSE
+
 
 def projection(parts: Sequence[Stored], numerics: Numerics) -> Kernel:
     """The parts stacked along their outputs: in one node where they are stored alike."""
-    if numerics.weights == "dense":
-        return _dense(parts, numerics)
-    runs = [list(run) for _, run in groupby(parts, lambda part: part.kind)]
-    nodes = [_quantized(run, numerics) if _has_tiles(run[0]) else _dense(run, numerics) for run in runs]
+    nodes = [_node(layout, run, numerics) for layout, run in _runs(parts, numerics)]
     return nodes[0] if len(nodes) == 1 else Stacked(tuple(nodes))
+
+
+def _runs(parts: Sequence[Stored], numerics: Numerics) -> Iterator[tuple[Layout, list[Stored]]]:
+    """Neighbours that one node holds: tiles have codes of one type."""
+
+    def alike(part: Stored) -> tuple[Layout, GGMLType | None]:
+        layout = part.layout(numerics)
+        return layout, part.kind if layout is Layout.TILES else None
+
+    return ((layout, list(run)) for (layout, _), run in groupby(parts, alike))
+
+
+def _node(layout: Layout, parts: list[Stored], numerics: Numerics) -> Kernel:
+    match layout:
+        case Layout.DENSE:
+            return _dense(parts, numerics)
+        case Layout.TILES:
+            return _tiles(parts, numerics)
+        case Layout.ROUNDED_TILES:
+            return _rounded_tiles(parts, numerics)
+        case Layout.CHUNKS:
+            return _chunks(parts)
 
 
 def scale(vector: np.ndarray, numerics: Numerics) -> Scale:
@@ -41,33 +94,106 @@ def scale(vector: np.ndarray, numerics: Numerics) -> Scale:
     return (NativeScale if numerics.kernels == "native" else Scale)(jax.device_put(vector))
 
 
+def rotary(config: RopeConfig, factors: np.ndarray | None, numerics: Numerics) -> Rotary:
+    """The turns of one kind of layer; factors: divisors of its frequencies, one a pair."""
+    node = NativeRotary if numerics.kernels == "native" else Rotary
+    frequency = jax.device_put(frequencies(config, factors))
+    return node(frequency, magnitude=config.magnitude, interleaved=config.interleaved)
+
+
 def planned_bytes(parts: Sequence[Stored], numerics: Numerics) -> int:
     """What the arrays of the parts' node will take."""
-    if numerics.weights == "dense":
-        return sum(_planned_dense(part, numerics) for part in parts)
-    total = 0
-    for _, group in groupby(parts, lambda part: part.kind):
-        run = list(group)
-        rows = sum(part.shape[0] for part in run)
-        if _has_tiles(run[0]):
-            row = np.zeros(run[0].data.nbytes // run[0].shape[0], np.uint8)
-            total += -(-rows // LANES) * tile_format(_packed(row, run[0].kind, (1, run[0].shape[1]))).record
-        else:
-            total += sum(_planned_dense(part, numerics) for part in run)
-    return total
+    return sum(_planned(layout, run, numerics) for layout, run in _runs(parts, numerics))
 
 
-def _has_tiles(part: Stored) -> bool:
-    return isinstance(FORMATS[part.kind], BlockFormat) and part.shape[1] % BLOCK_INPUTS == 0
+def _planned(layout: Layout, parts: list[Stored], numerics: Numerics) -> int:
+    rows, inputs = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    match layout:
+        case Layout.DENSE:
+            return rows * inputs * _storage(numerics).itemsize
+        case Layout.CHUNKS:
+            chunk = chunk_inputs(inputs)
+            assert chunk is not None
+            return rows * (inputs + inputs // chunk * 4)
+        case _:
+            kind = parts[0].kind if layout is Layout.TILES else GGMLType.Q8_0
+            return -(-rows // LANES) * _tile_format(kind, inputs).record
 
 
-def _quantized(parts: Sequence[Stored], numerics: Numerics) -> Quantized:
+def _tiles(parts: list[Stored], numerics: Numerics) -> Quantized:
     """Parts of one type: their blocks one after another are those of one matrix."""
     data = parts[0].data if len(parts) == 1 else np.concatenate([part.data.reshape(-1) for part in parts])
     kind, shape = parts[0].kind, (sum(part.shape[0] for part in parts), parts[0].shape[1])
-    tiles, form = tile(_packed(data, kind, shape))
-    node = NativeQuantized if numerics.kernels == "native" else Quantized
-    return node(jax.device_put(tiles), form=form, outputs=shape[0])
+    checked_type(data, kind, shape)
+    form, tiles = _empty_tiles(kind, shape)
+    _fill_tiles(tiles, data, kind, shape)
+    return _quantized_node(numerics)(jax.device_put(tiles), form=form, outputs=shape[0])
+
+
+def _rounded_tiles(parts: list[Stored], numerics: Numerics) -> Quantized:
+    """Parts of plain numbers, rounded to Q8_0."""
+    shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    form, tiles = _empty_tiles(GGMLType.Q8_0, shape)
+    for first, values in _slices(parts):
+        mine = tiles[first // LANES : -(-(first + len(values)) // LANES)]
+        _fill_tiles(mine, quantize_q8_0(values), GGMLType.Q8_0, values.shape)
+    return _quantized_node(numerics)(jax.device_put(tiles), form=form, outputs=shape[0])
+
+
+def _chunks(parts: list[Stored]) -> Int8:
+    """Parts of any type, rounded to int8 under a scale for each chunk."""
+    rows, inputs = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    chunk = chunk_inputs(inputs)
+    assert chunk is not None
+    count = inputs // chunk
+    codes = [_aligned_empty((rows, chunk), np.dtype(np.int8)) for _ in range(count)]
+    scales = _aligned_empty((count, rows), np.dtype(np.float32))
+    for first, values in _slices(parts):
+        here = slice(first, first + len(values))
+        found, scales.T[here] = round_chunks(values, chunk)
+        for target, code in zip(codes, found.swapaxes(0, 1), strict=True):
+            target[here] = code
+    return Int8(tuple(map(jax.device_put, codes)), jax.device_put(scales))
+
+
+def _slices(parts: list[Stored]) -> Iterator[tuple[int, np.ndarray]]:
+    """The parts' rows in float32, a few whole tiles at a time, each time with the first row's number."""
+    rows, inputs = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    step = LANES * max(1, CHUNK // (LANES * inputs))
+    for first in range(0, rows, step):
+        yield first, _values(parts, first, min(rows, first + step))
+
+
+def _values(parts: list[Stored], first: int, last: int) -> np.ndarray:
+    """Rows of the parts one after another."""
+    pieces = []
+    for part in parts:
+        rows = part.shape[0]
+        if (low := max(first, 0)) < (high := min(last, rows)):
+            pieces.append(part.values(low, high))
+        first, last = first - rows, last - rows
+    return np.concatenate(pieces)
+
+
+def _empty_tiles(kind: GGMLType, shape: tuple[int, int]) -> tuple[TileFormat, np.ndarray]:
+    form = _tile_format(kind, shape[1])
+    return form, _aligned_empty((-(-shape[0] // LANES), form.record), np.dtype(np.uint8))
+
+
+def _fill_tiles(tiles: np.ndarray, data: np.ndarray, kind: GGMLType, shape: tuple[int, int]) -> None:
+    if not tile_into(tiles, data, kind, shape):
+        tiles[:] = tile(_packed(data, kind, shape))[0]
+
+
+def _quantized_node(numerics: Numerics) -> type[Quantized]:
+    return NativeQuantized if numerics.kernels == "native" else Quantized
+
+
+def _tile_format(kind: GGMLType, inputs: int) -> TileFormat:
+    """What the tiles of this type are made of: a row of zeros shows it."""
+    block = BLOCK_SIZES[kind]
+    row = np.zeros(inputs // block.elements * block.nbytes, np.uint8)
+    return tile_format(_packed(row, kind, (1, inputs)))
 
 
 def _packed(data: np.ndarray, kind: GGMLType, shape: tuple[int, int]) -> Packed:
@@ -83,10 +209,6 @@ def _dense(parts: Sequence[Stored], numerics: Numerics) -> Dense:
         dequantize_into(part.data, part.kind, target)
     is_native = numerics.kernels == "native" and inputs % BLOCK_INPUTS == 0
     return (NativeDense if is_native else Dense)(jax.device_put(weight))
-
-
-def _planned_dense(part: Stored, numerics: Numerics) -> int:
-    return part.shape[0] * part.shape[1] * _storage(numerics).itemsize
 
 
 def _storage(numerics: Numerics) -> np.dtype:

@@ -16,18 +16,14 @@ DTYPES: dict[str, Literal["bfloat16", "float32"]] = dict.fromkeys(("cpu", "gpu",
 """What `dtype=auto` means on each backend. bf16 weights give float32's perplexity to 0.1 %."""
 
 
-def configure(config: EngineConfig, cache: Path) -> None:
-    """JAX runs on the asked device and threads, and keeps compiled programs under `cache`.
+def configure(config: EngineConfig) -> None:
+    """JAX runs on the asked device and threads.
 
     Threads and device count only until JAX has first been used in this process.
     Raises RequestError if the device is not there.
     """
     if config.threads is not None:
         os.environ["NPROC"] = str(config.threads)  # the size of XLA's CPU thread pool
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache / "xla" / _machine()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if config.device != "auto":
         name = "cuda" if config.device == "gpu" else config.device
         jax.config.update("jax_platforms", name)
@@ -36,6 +32,12 @@ def configure(config: EngineConfig, cache: Path) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RequestError(f"device {config.device!r} is not available: {reason}") from error
+
+
+def program_folder(cache: Path) -> Path | None:
+    """Where compiled programs are kept; None where JAX's compilation cache is turned off."""
+    is_on = jax.config.values["jax_enable_compilation_cache"]
+    return cache / "xla" / machine() / "programs" if is_on else None
 
 
 def backend() -> str:
@@ -49,9 +51,12 @@ def backend() -> str:
 def resolve_numerics(config: EngineConfig) -> Numerics:
     """The arithmetic of a run. On CPU "auto" keeps quantized weights where the C++ kernels are there.
 
-    Raises UnsupportedError or RequestError for native kernels that this machine or `dtype` does not allow.
+    Raises UnsupportedError or RequestError for native kernels that this machine or `dtype` does not allow,
+    RequestError for int8 weights in float32.
     """
     dtype = DTYPES[backend()] if config.dtype == "auto" else config.dtype
+    if config.weights == "int8" and dtype == "float32":
+        raise RequestError("weights='int8' are multiplied in int8; use dtype='bfloat16' or weights='dense'")
     kernels = _resolve_kernels(config, dtype)
     weights = config.weights
     if weights == "auto":
@@ -83,7 +88,7 @@ def _resolve_kernels(config: EngineConfig, dtype: str) -> Literal["xla", "native
     return config.kernels
 
 
-def _machine() -> str:
+def machine() -> str:
     """A name for this kind of processor: compiled programs fit no other."""
     try:
         cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]

@@ -3,19 +3,20 @@
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import jax
 import numpy as np
 
-from realm_jax import projections, rope
+from realm_jax import projections
 from realm_jax.architectures import Parameter, Part, parameters
 from realm_jax.config import ModelConfig, Numerics
 from realm_jax.errors import ModelFileError
 from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile
-from realm_jax.nodes import Biased
+from realm_jax.nodes import Biased, Rotary
 from realm_jax.projections import Stored
 from realm_jax.quant import dequantize
 
@@ -42,7 +43,7 @@ def load(
     wanted = parameters(config)
     check_tensors(file, wanted)
     present = [p for p in wanted if _is_present(file, p)]
-    params: Params = {"rope": _rope_frequencies(file, config, context)}
+    params: Params = {"rope": _ropes(file, config, context, numerics)}
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         nodes = pool.map(lambda p: _load_parameter(file, p, numerics, progress), present)
         for parameter, node in zip(present, nodes, strict=True):
@@ -55,12 +56,27 @@ def _load_parameter(file: GGUFFile, p: Parameter, numerics: Numerics, progress: 
     if p.is_vector:
         node = projections.scale(_vector(file, p.parts[0].name + ".weight"), numerics)
     else:
-        node = projections.projection([_stored(file, part) for part in p.parts], numerics)
+        parts = [_stored(file, part) for part in p.parts]
+        node = projections.projection(parts, _numerics_of(p, numerics))
         if (bias := _bias(file, p.parts)) is not None:
             node = Biased(node, jax.device_put(bias))
+    for part in p.parts:
+        file.release(part.name + ".weight")
     if progress is not None:
         progress(sum(_part_bytes(file, part) for part in p.parts))
     return node
+
+
+def _numerics_of(p: Parameter, numerics: Numerics) -> Numerics:
+    """Those of the run, but int8 spares what loses most by it: the choice of experts; in XLA's large chunks
+    also the head (and the embedding, which may be the head) and what returns from the feed-forward layer.
+    """
+    if numerics.weights != "int8":
+        return numerics
+    if numerics.kernels == "native":
+        return replace(numerics, weights="quantized") if "router" in p.path else numerics
+    is_spared = {"router", "down", "head", "embedding"} & set(p.path)
+    return replace(numerics, weights="dense") if is_spared else numerics
 
 
 def _stored(file: GGUFFile, part: Part) -> Stored:
@@ -85,8 +101,8 @@ def _bias(file: GGUFFile, parts: tuple[Part, ...]) -> np.ndarray | None:
     return np.concatenate(vectors)
 
 
-def _rope_frequencies(file: GGUFFile, config: ModelConfig, context: int) -> dict[str, jax.Array]:
-    """Per rope name, the angle per position of each pair; a file's own factors apply to the global one."""
+def _ropes(file: GGUFFile, config: ModelConfig, context: int, numerics: Numerics) -> dict[str, Rotary]:
+    """The turns by rope name; a file's own factors apply to the global one."""
     ropes = dict(config.ropes)
     is_long = context > ropes["global"].original_context
     names = ("rope_freqs.weight", f"rope_factors_{'long' if is_long else 'short'}.weight")
@@ -97,8 +113,8 @@ def _rope_frequencies(file: GGUFFile, config: ModelConfig, context: int) -> dict
     ):
         raise ModelFileError(f"{file.path.name}: rope factors must be {pairs} positive numbers")
     return {
-        name: jax.device_put(rope.frequencies(config, factors if name == "global" else None))
-        for name, config in ropes.items()
+        name: projections.rotary(kind, factors if name == "global" else None, numerics)
+        for name, kind in ropes.items()
     }
 
 
@@ -141,7 +157,8 @@ def _planned(file: GGUFFile, p: Parameter, numerics: Numerics) -> int:
     if p.is_vector:
         return 4 * prod(p.parts[0].shape)
     biases = sum(part.shape[-2] for part in p.parts if _bias(file, p.parts) is not None)
-    return 4 * biases + projections.planned_bytes([_stored(file, part) for part in p.parts], numerics)
+    parts = [_stored(file, part) for part in p.parts]
+    return 4 * biases + projections.planned_bytes(parts, _numerics_of(p, numerics))
 
 
 def resident_bytes(params: Params) -> int:

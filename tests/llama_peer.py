@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,25 +46,48 @@ class LlamaPeer:
         self._log = self._api.llama_log_callback(lambda level, text, data: None)
         self._api.llama_log_set(self._log, None)
         self._api.llama_backend_init()
-        model = self._api.llama_model_load_from_file(bytes(path), self._api.llama_model_default_params())
+        self._path, self._threads, self._unified = path, threads, unified
+        start = time.perf_counter()
+        self._model = self._api.llama_model_load_from_file(
+            bytes(path), self._api.llama_model_default_params()
+        )
+        self.load_seconds = time.perf_counter() - start
+        if not self._model:
+            raise SystemExit(f"llama.cpp could not load {path}")
+        self._vocab = self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
+        self._open(sequences, tokens)
+
+    def _open(self, sequences: int, tokens: int) -> None:
         params = self._api.llama_context_default_params()
         params.n_ctx = sequences * -(-tokens // 256) * 256
         params.n_seq_max = sequences
         params.n_batch, params.n_ubatch = N_BATCH, N_UBATCH
-        params.n_threads = params.n_threads_batch = threads
-        params.kv_unified = unified
-        context = model and self._api.llama_init_from_model(model, params)
-        if not context:
-            raise SystemExit(f"llama.cpp could not load {path}")
-        self._model, self._context = model, context
-        self._memory = self._api.llama_get_memory(context)
-        self._vocab = self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(model))
+        params.n_threads = params.n_threads_batch = self._threads
+        params.kv_unified = self._unified
+        self._context = self._api.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise SystemExit(
+                f"llama.cpp could not make a context of {params.n_ctx:,} tokens for {self._path}"
+            )
+        self._memory = self._api.llama_get_memory(self._context)
+        self._sequence_count = sequences
+        self.flags = {
+            **{name: getattr(params, name) for name in ("n_threads", "n_threads_batch", "kv_unified")},
+            **{name: getattr(params, name) for name in ("n_batch", "n_ubatch", "type_k", "type_v")},
+            "flash_attn_type": params.flash_attn_type,  # -1: llama.cpp decides
+            "system_info": self._api.llama_print_system_info().decode(),
+        }
         self._make_batch()
 
     def close(self) -> None:
         """Its memory is free."""
         self._api.llama_free(self._context)
         self._api.llama_model_free(self._model)
+
+    def reopen(self, *, sequences: int, tokens: int) -> None:
+        """The context has room for so many others; what it held is gone, the model stays."""
+        self._api.llama_free(self._context)
+        self._open(sequences, tokens)
 
     def _make_batch(self) -> None:
         """One llama_batch over arrays of ours: filling it costs no loop in Python."""
@@ -113,8 +137,11 @@ class LlamaPeer:
         """No sequence is in the cache."""
         self._api.llama_memory_clear(self._memory, False)
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Each prompt is a sequence in the cache, in calls of full batches; returns what follows each."""
+    def prefill(self, prompts: Sequence[Sequence[int]], start: int = 0) -> list[int]:
+        """Each prompt is in the cache of its sequence, from position `start` on, in calls of full batches.
+
+        Returns what follows each.
+        """
         found: list[int] = []
         parts: list[tuple[int, int, Sequence[int], bool]] = []
         room = N_BATCH
@@ -123,11 +150,22 @@ class LlamaPeer:
             while position < len(prompt):
                 tokens = prompt[position : position + room]
                 is_last = position + len(tokens) == len(prompt)
-                parts.append((sequence, position, tokens, is_last))
+                parts.append((sequence, start + position, tokens, is_last))
                 position, room = position + len(tokens), room - len(tokens)
                 if not room:
                     found, parts, room = found + self._decode(parts), [], N_BATCH
         return found + self._decode(parts) if parts else found
+
+    def share(self) -> None:
+        """Every sequence holds what the first one does."""
+        for other in range(1, self._sequence_count):
+            self._api.llama_memory_seq_cp(self._memory, 0, other, -1, -1)
+
+    def rewind(self, position: int) -> None:
+        """Every sequence holds its tokens before the position, and no others."""
+        for sequence in range(self._sequence_count):
+            if not self._api.llama_memory_seq_rm(self._memory, sequence, position, -1):
+                raise SystemExit(f"llama.cpp could not rewind sequence {sequence} to {position}")
 
     def generate(self, last: Sequence[int], position: int, steps: int) -> list[int]:
         """Every sequence is `steps` tokens longer; `last` are its newest, at `position`."""

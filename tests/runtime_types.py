@@ -1,5 +1,10 @@
-"""The runtime type checker of the tests: an int is a float, as PEP 484 says."""
+"""The runtime type checker of the tests: an int is a float, as PEP 484 says.
 
-from beartype import BeartypeConf, beartype
+JAX describes the arguments of a compiled program in their own structure, an `ArgInfo` in place of each array.
+"""
 
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+import jax
+from beartype import BeartypeConf, FrozenDict, beartype
+
+OVERRIDES = FrozenDict({jax.Array: jax.Array | jax.stages.ArgInfo})
+check = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=OVERRIDES))

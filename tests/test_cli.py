@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import ROOT, cache, realm, spawn
+from command_line import ROOT, realm, spawn
 from gguf import GGUFReader
 from tiny import write_model
 from typer.main import get_command
@@ -247,16 +247,13 @@ def test_doctor_describes_this_machine():
 def test_threads_decide_how_many_run():
     code = """
 import os, sys
-from pathlib import Path
 from realm_jax import runtime
 from realm_jax.config import EngineConfig
-runtime.configure(EngineConfig(threads=int(sys.argv[1])), Path(sys.argv[2]))
+runtime.configure(EngineConfig(threads=int(sys.argv[1])))
 import jax.numpy as jnp
 (jnp.ones((512, 512)) @ jnp.ones((512, 512))).block_until_ready()
 print(len(os.listdir("/proc/self/task")))
 """
     command = [sys.executable, "-c", code]
-    counts = [
-        int(subprocess.check_output([*command, str(threads), str(cache())], cwd=ROOT)) for threads in (4, 8)
-    ]
+    counts = [int(subprocess.check_output([*command, str(threads)], cwd=ROOT)) for threads in (4, 8)]
     assert counts[1] - counts[0] >= 4

@@ -11,7 +11,7 @@ from realm_jax.errors import RequestError
 
 CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
-    "weights": ("auto", "dense", "quantized"),
+    "weights": ("auto", "dense", "quantized", "int8"),
     "kernels": ("auto", "xla", "native"),
     "kv_dtype": ("auto", "bfloat16", "float32", "int8"),
     "device": ("auto", "cpu", "gpu", "tpu"),

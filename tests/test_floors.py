@@ -15,9 +15,9 @@ ROOT = PACKAGE.parent
 
 FLOORS = {
     0: {"errors", "config", "buckets", "ggml", "params", "serving"},  # serving/__init__.py imports nothing
-    1: {"lora", "quant", "nodes", "kernels", "rope", "cache", "sampling", "sampling_rows"}
-    | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime"},
-    2: {"model", "layers", "weights", "architectures"},
+    1: {"lora", "quant", "nodes", "native_nodes", "kernels", "rope", "cache", "sampling", "sampling_rows"}
+    | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
+    2: {"model", "layers", "weights", "projections", "architectures"},
     3: {"loading", "decoding", "inspection", "scoring"}
     | {f"serving.{name}" for name in ("scheduler", "slots", "request", "tenants", "transcript")},
     4: {f"serving.{name}" for name in ("engine", "runner", "packing")},
@@ -30,6 +30,11 @@ WITHIN_A_FLOOR = {
     ("lora", "kernels"),
     ("quant", "kernels"),
     ("nodes", "kernels"),
+    ("nodes", "rope"),
+    ("native_nodes", "nodes"),
+    ("native_nodes", "kernels"),
+    ("runtime", "kernels"),
+    ("weights", "projections"),
     ("sampling", "kernels"),
     ("sampling", "sampling_rows"),
     ("tokenizer", "gguf"),  # Tokenizer.from_gguf

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -18,15 +19,26 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the tree, by the setuptools that is installed: nothing is downloaded."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source archive of a copy of the tree, and a wheel built from that archive.
+
+    By the setuptools that is installed, and without a compiler: nothing is downloaded, no kernel is built.
+    """
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "realm_jax", source / "realm_jax", ignore=shutil.ignore_patterns("__pycache__"))
-    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(source / "dist"), str(source), cwd=source)
-    (built,) = (source / "dist").glob("*.whl")
-    return built
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(ROOT / "realm_jax", source / "realm_jax", ignore=ignored)
+    options = ["--no-isolation", "--skip-dependency-check", "--outdir", str(source / "dist")]
+    run("-m", "build", *options, str(source), cwd=source, CC="/bin/false", CXX="/bin/false")
+    return source / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    """The wheel."""
+    (path,) = built.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +60,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run(*arguments: str, cwd: Path) -> str:
+def run(*arguments: str, cwd: Path, **variables: str) -> str:
     """What python prints with these arguments; its error output where it fails."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     done = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -58,13 +70,36 @@ def run(*arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
+def files_of_the_package() -> set[str]:
+    """Those that belong into an archive, by their paths from the project's folder."""
+    files = {path for path in (ROOT / "realm_jax").rglob("*") if path.is_file() and path.suffix != ".so"}
+    return {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+
+
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path):
-    files = [
-        path for path in (ROOT / "realm_jax").rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    ]
+    """But for the sources of the kernels, and their library, which cannot be built without a compiler."""
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("realm_jax/")}
-    assert packed == {path.relative_to(ROOT).as_posix() for path in files}
+    assert packed == {name for name in files_of_the_package() if not name.endswith((".cpp", ".h", ".inl"))}
+
+
+def test_the_source_archive_holds_what_the_kernels_are_built_from(built: Path):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert packed >= files_of_the_package() | {"setup.py", "pyproject.toml"}
+
+
+def test_a_package_without_kernels_says_so_and_works(installed: Path):
+    code = """
+from realm_jax import runtime
+from realm_jax.config import EngineConfig
+from realm_jax.kernels import native
+print(native.problem(), runtime.resolve_numerics(EngineConfig()).kernels, sep="\\n")
+"""
+    problem, kernels = run("-c", code, cwd=installed).splitlines()
+    assert problem == "they were not built when realm-jax was installed, which takes a C++ compiler"
+    assert kernels == "xla"
 
 
 def test_the_wheel_says_what_pyproject_says(wheel: Path):

@@ -28,10 +28,11 @@ def write_model(
     template: str | None = TEMPLATE,
     seed: int = 0,
     metadata: Mapping[str, int | float | str] | None = None,
+    kinds: Mapping[str, gguf.GGMLQuantizationType] | None = None,
 ) -> Path:
     """A model of random float32 weights with an SPM vocabulary of 320 tokens; returns its path.
 
-    metadata: further keys.
+    metadata: further keys. kinds: the types of matrices by the last part of their name, such as attn_q.
     The architecture must name its tensors as llama does: llama, qwen3 (qk_norm).
     """
     rng = np.random.default_rng(seed)
@@ -53,7 +54,10 @@ def write_model(
         add(key, value)  # pyright: ignore[reportArgumentType]: each takes its own type
 
     def matrix(name: str, *shape: int) -> None:
-        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape, np.float32) * 1.5 / shape[-1] ** 0.5)
+        values = rng.standard_normal(shape, np.float32) * 1.5 / shape[-1] ** 0.5
+        kind = (kinds or {}).get(name.split(".")[-1], gguf.GGMLQuantizationType.F32)
+        data = _q4_k(values) if kind == gguf.GGMLQuantizationType.Q4_K else gguf.quantize(values, kind)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
 
     def norm(name: str, size: int = width) -> None:
         writer.add_tensor(f"{name}.weight", 1 + 0.1 * rng.standard_normal(size, np.float32))
@@ -79,6 +83,23 @@ def write_model(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _q4_k(values: np.ndarray) -> np.ndarray:
+    """Rows in Q4_K, which gguf-py cannot write: one scale and one minimum for the 256 values of a block."""
+    blocks = values.reshape(-1, 256)
+    least = np.minimum(blocks.min(axis=1), 0)
+    step = (blocks.max(axis=1) - least) / 15
+    codes = np.rint((blocks - least[:, None]) / step[:, None]).astype(np.uint8).reshape(-1, 4, 2, 32)
+    factors = np.stack([step, -least], axis=1) / 32  # times eight scales and minima that are all 32
+    return np.concatenate(
+        [
+            factors.astype("<f2").view(np.uint8),
+            np.tile(np.array([160] * 8 + [0] * 4, np.uint8), (len(blocks), 1)),
+            (codes[:, :, 0] | codes[:, :, 1] << 4).reshape(-1, 128),
+        ],
+        axis=1,
+    ).reshape(*values.shape[:-1], -1)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter) -> None:

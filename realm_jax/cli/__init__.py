@@ -1,5 +1,6 @@
 """The command `realm`: results on stdout, all else on stderr; exit 0 ok, 1 failed, 2 usage."""
 
+import gc
 import io
 import os
 import sys
@@ -76,6 +77,7 @@ def main() -> NoReturn:
         if run.verbose:
             traceback.print_exc()
         code = _fail(str(error), 2 if isinstance(error, RequestError) else 1)
+    gc.freeze()  # the process ends: what it holds need not be searched for garbage, which takes 0.3 s
     sys.exit(code)
 
 

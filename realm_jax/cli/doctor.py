@@ -30,7 +30,7 @@ def doctor(
     from realm_jax.config import EngineConfig
 
     config = EngineConfig(ctx_size=ctx_size, device=device)
-    runtime.configure(config, hub.cache_dir())
+    runtime.configure(config)
     numerics = runtime.resolve_numerics(config)
     missing = runtime.missing_kernels(config)
     default = hub.cached_path()
@@ -47,7 +47,7 @@ def doctor(
         "weights": numerics.weights,
         "kernels": _kernels(numerics.kernels, missing),
         "cache": str(hub.cache_dir()),
-        "compile_cache": str(jax.config.values["jax_compilation_cache_dir"]),
+        "compile_cache": str(runtime.program_folder(hub.cache_dir()) or "off"),
         "default_model": str(default) if default else "not downloaded (realm models pull)",
         "programs": Buckets.plan(ctx_size or 4096, config, numerics.least_rows).programs(),
     }

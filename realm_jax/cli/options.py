@@ -92,8 +92,8 @@ class EngineFlags:
     ] = None
     dtype: Annotated[DTypeName, flag("--dtype", "Arithmetic.")] = "auto"
     weights: Annotated[
-        Literal["auto", "dense", "quantized"],
-        flag("--weights", "Storage of weights: the file's own codes, or expanded."),
+        Literal["auto", "dense", "quantized", "int8"],
+        flag("--weights", "Storage of weights: expanded, the file's own codes, or rounded to 8 bits."),
     ] = "auto"
     kernels: Annotated[
         Literal["auto", "xla", "native"],

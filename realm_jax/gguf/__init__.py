@@ -58,6 +58,13 @@ class GGUFFile:
         info = self.tensors[name]
         return np.frombuffer(self._maps[info.part], np.uint8, info.nbytes, info.offset)
 
+    def release(self, name: str) -> None:
+        """The tensor's bytes no longer count as this process's memory; they may be read again."""
+        info = self.tensors[name]
+        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[info.part].madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+
     def close(self) -> None:
         """Give the maps back; a map with a view still in use goes with its last view."""
         for map in self._maps:

@@ -13,6 +13,7 @@ from realm_jax.config import MIN_ROWS, EngineConfig
 from realm_jax.decoding import StepOutput, Strategy
 from realm_jax.errors import RequestError
 from realm_jax.model import Transformer
+from realm_jax.programs import Programs
 from realm_jax.sampling_rows import SamplingRows
 from realm_jax.scoring import TargetLogprobs
 from realm_jax.serving.packing import PromptTargets, prompt_targets
@@ -59,13 +60,14 @@ class Engine:
         context: int,
         config: EngineConfig,
         least_rows: int = MIN_ROWS,
+        programs: Programs | None = None,
         on_compile: Callable[[str], None] | None = None,
     ) -> None:
         self.buckets = Buckets.plan(context, config, least_rows)
         self.scheduler = Scheduler(
             self.buckets, context, max_queue=config.max_queue, prefix_caching=config.prefix_caching
         )
-        self._runner = Runner(strategy, model, params, self.buckets, on_compile)
+        self._runner = Runner(strategy, model, params, self.buckets, programs or Programs(), on_compile)
         self._tokenizer = tokenizer
         self._vocab = model.config.vocab_size
         self._in_flight: deque[_Decoded | _Prefilled] = deque()

@@ -1,26 +1,25 @@
 """Runs plans on the device: owns its state, and announces and times what is compiled."""
 
+import functools
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from realm_jax.buckets import Buckets, copy_name, decode_name, prefill_name, score_name
+from realm_jax.buckets import Buckets, Pool, copy_name, decode_name, prefill_name, score_name
 from realm_jax.config import TILE
 from realm_jax.decoding import DecodeState, PromptTiles, StepOutput, Strategy, copy_up, copy_within
 from realm_jax.errors import CapacityError
 from realm_jax.model import Transformer
+from realm_jax.programs import Program, Programs
 from realm_jax.sampling_rows import SamplingRows
 from realm_jax.scoring import TargetLogprobs, score_tiles
 from realm_jax.serving.packing import PromptTargets, pack_prompts
 from realm_jax.serving.request import Sequence
 from realm_jax.serving.scheduler import Copy, Decode, Prefill
 from realm_jax.weights import Params
-
-Result = TypeVar("Result")
 
 
 class Runner:
@@ -32,9 +31,11 @@ class Runner:
         model: Transformer,
         params: Params,
         buckets: Buckets,
+        programs: Programs,
         on_compile: Callable[[str], None] | None,
     ) -> None:
         self.programs: dict[str, float] = {}  # name -> seconds of its first call, compilation included
+        self._source, self._ready = programs, dict[str, Program]()
         self._strategy, self._model, self._params = strategy, model, params
         self._buckets, self._on_compile = buckets, on_compile
         self._vocab = model.config.vocab_size
@@ -64,11 +65,8 @@ class Runner:
         source, target = self._state(plan.from_pool), self._state(plan.to_pool)
         pools = self._buckets.pools
         name = copy_name(pools[plan.from_pool], pools[plan.to_pool])
-
-        def run() -> DecodeState:
-            return copy_within(target, *slots) if source is target else copy_up(source, target, *slots)
-
-        self._states[plan.to_pool] = self._call(name, run)
+        states, copy = ((target,), copy_within) if source is target else ((source, target), copy_up)
+        self._states[plan.to_pool] = self._call(name, copy, *states, *slots)
 
     def warmup(self) -> None:
         """Every program has run once; what the slots held is lost."""
@@ -86,47 +84,53 @@ class Runner:
     def _prefill(self, pool: int, tiles: PromptTiles) -> tuple[StepOutput, jax.Array]:
         name = prefill_name(tiles.tokens.shape[0], self._buckets.pools[pool])
         state = self._state(pool)
-        self._states[pool], output, hidden = self._call(
-            name, lambda: self._strategy.prefill(self._params, state, tiles)
-        )
+        done = self._call(name, self._strategy.prefill, self._params, state, tiles)
+        self._states[pool], output, hidden = done
         return output, hidden
 
     def _score(self, hidden: jax.Array, targets: np.ndarray, wants_top: bool) -> TargetLogprobs:
-        return self._call(
-            score_name(targets.shape[0]),
-            lambda: score_tiles(self._model, self._params, hidden, targets, np.bool_(wants_top)),
-        )
+        score = functools.partial(score_tiles, self._model)
+        name = score_name(targets.shape[0])
+        return self._call(name, score, self._params, hidden, targets, np.bool_(wants_top))
 
     def _step(self, pool: int, active: np.ndarray) -> StepOutput:
         name = decode_name(len(active), self._buckets.pools[pool])
         state = self._state(pool)
-        self._states[pool], output = self._call(
-            name, lambda: self._strategy.step(self._params, state, jnp.asarray(active))
-        )
+        self._states[pool], output = self._call(name, self._strategy.step, self._params, state, active)
         return output
 
-    def _call(self, name: str, program: Callable[[], Result]) -> Result:
-        """The program's result; its first call, which compiles it, is announced and timed."""
+    def _call(self, name: str, function: Any, *arguments: Any) -> Any:
+        """The jitted function's result; its first call, which may compile it, is timed."""
         if name in self.programs:
-            return program()
-        if self._on_compile is not None:
-            self._on_compile(name)
+            return self._ready[name].run(*arguments)
         start = time.perf_counter()
-        result = program()
+        self._ready[name] = self._source.get(function, *arguments, on_compile=lambda: self._announce(name))
+        result = self._ready[name].run(*arguments)
         self.programs[name] = time.perf_counter() - start
         return result
+
+    def _announce(self, name: str) -> None:
+        if self._on_compile is not None:
+            self._on_compile(name)
 
     def _state(self, pool: int) -> DecodeState:
         if pool not in self._states:
             shape = self._buckets.pools[pool]
             try:
-                self._states[pool] = jax.block_until_ready(self._strategy.empty_state(shape))
+                empty = functools.partial(_empty_state, self._strategy, shape)
+                program = self._source.get(empty, on_compile=lambda: None)
+                self._states[pool] = jax.block_until_ready(program.run())
             except jax.errors.JaxRuntimeError as error:
                 raise CapacityError(
                     f"no memory for the caches of {shape.slots} sequences of {shape.capacity:,} tokens "
                     f"(lower --ctx-size or max_num_seqs): {str(error).splitlines()[0]}"
                 ) from error
         return self._states[pool]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty_state(strategy: Strategy, pool: Pool) -> DecodeState:
+    return strategy.empty_state(pool)
 
 
 def _never() -> SamplingRows:

@@ -17,45 +17,50 @@ TARGETS = (
     "realm_matmul",
     "realm_matmul_bf16",
     "realm_rms_norm",
+    "realm_rotate",
     "realm_attention",
     "realm_cache_write",
     "realm_cache_write_int8",
 )
-INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2")
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neon")
 
 
 @functools.cache
 def problem() -> str | None:
     """Why the kernels cannot be used in this process; None where they are ready."""
     try:
-        library = _library()
+        loaded = library()
     except (OSError, ImportError) as error:
         return str(error)
-    if library.realm_ffi_version() > _runtime_version():
+    if loaded.realm_ffi_version() > _runtime_version():
         jaxlib = importlib.metadata.version("jaxlib")
         return f"they were built for a newer jaxlib than {jaxlib}; install realm-jax again"
     if select() is None:
         return f"this processor has none of their instruction sets ({', '.join(INSTRUCTION_SETS)})"
     for name in TARGETS:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     return None
 
 
 def select(instruction_set: str | None = None) -> str | None:
     """The instruction set that the kernels use from now on, the best without a name; None: not available."""
-    name = _library().realm_select(None if instruction_set is None else instruction_set.encode())
+    name = library().realm_select(None if instruction_set is None else instruction_set.encode())
     return None if name is None else name.decode()
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The library; `problem` says whether it may be used. Raises ImportError if it was not built."""
     # Built as an extension, for the platform's file name, but no module: there is nothing to import in it.
     spec = importlib.util.find_spec("realm_jax.kernels.native.library")
     if spec is None or spec.origin is None:
         raise ImportError("they were not built when realm-jax was installed, which takes a C++ compiler")
-    library = ctypes.CDLL(spec.origin)
-    library.realm_select.argtypes, library.realm_select.restype = [ctypes.c_char_p], ctypes.c_char_p
-    return library
+    loaded = ctypes.CDLL(spec.origin)
+    loaded.realm_select.argtypes, loaded.realm_select.restype = [ctypes.c_char_p], ctypes.c_char_p
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    loaded.realm_tile.argtypes = [ctypes.c_int, pointer, number, number, pointer, number, number, number]
+    loaded.realm_tile.restype = ctypes.c_bool
+    return loaded
 
 
 def _runtime_version() -> int:

@@ -19,12 +19,13 @@ namespace {
 #include "matmul.inl"
 #include "matmul_bf16.inl"
 #include "norm.inl"
+#include "rope.inl"
 #include "attention.inl"
 #include "cache.inl"
 
 }  // namespace
 
-extern const Kernels avx512bf16_kernels = {"avx512bf16", quantize, multiply, to_pairs, multiply_half, normalize, attend, write};
+extern const Kernels avx512bf16_kernels = {"avx512bf16", quantize, multiply, to_pairs, multiply_half, normalize, rotate, attend, write};
 
 }  // namespace realm
 

@@ -92,6 +92,30 @@ def _norm_backward(eps: float, kept: tuple[Array, Array], cotangent: Array) -> t
 rms_norm.defvjp(_norm_forward, _norm_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def rotate(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"], interleaved: bool
+) -> Float[Array, "B T N H"]:
+    """As `rope.rotate`."""
+    call = jax.ffi.ffi_call("realm_rotate", jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    return call(x, cos, sin, interleaved=interleaved)  # pyright: ignore[reportReturnType]
+
+
+def _rotate_forward(x: Array, cos: Array, sin: Array, interleaved: bool) -> tuple[Array, tuple[Array, Array]]:
+    return rotate(x, cos, sin, interleaved), (cos, sin)  # pyright: ignore[reportReturnType]
+
+
+def _rotate_backward(
+    interleaved: bool, kept: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, None, None]:
+    """Turned back."""
+    cos, sin = kept
+    return rotate(cotangent, cos, -sin, interleaved), None, None  # pyright: ignore[reportReturnType]
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
+
+
 def attention(
     q: Float[Array, "B T N H"],
     k: Array,  # [S, K, C, H]
@@ -123,7 +147,7 @@ def write_cache(
     positions: Int[Array, "B T"],
     cache: UInt16[Array, "S K C H"],
 ) -> UInt16[Array, "S K C H"]:
-    """The cache with x in bf16 at the rows' slots and positions; it is written in place where it is donated."""
+    """The cache with x in bf16 at the rows' slots and positions, in place where it is donated."""
     result = jax.ShapeDtypeStruct(cache.shape, cache.dtype)
     call = jax.ffi.ffi_call("realm_cache_write", result, input_output_aliases={3: 0})
     return call(x, _or_none(slots), positions, cache)  # pyright: ignore[reportReturnType]

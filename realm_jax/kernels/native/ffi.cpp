@@ -4,6 +4,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "kernels.h"
 #include "parallel.h"
 
@@ -11,7 +16,7 @@ namespace ffi = xla::ffi;
 
 namespace realm {
 
-extern const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels;
+extern const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels, neon_kernels;
 
 namespace {
 
@@ -95,6 +100,17 @@ ffi::Error normalize(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
   return ffi::Error::Success();
 }
 
+ffi::Error rotate(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
+                  ffi::ResultBuffer<ffi::F32> y, bool interleaved) {
+  auto shape = x.dimensions();
+  const int64_t tokens = shape[0] * shape[1], heads = shape[2], H = shape[3], pairs = cos.dimensions()[2];
+  if (2 * pairs > H || static_cast<int64_t>(cos.element_count()) != tokens * pairs || sin.element_count() != cos.element_count())
+    return invalid("realm_rotate: the turns do not fit the heads");
+  Rope r{x.typed_data(), cos.typed_data(), sin.typed_data(), y->typed_data(), heads, H, pairs, interleaved};
+  parallel_for(pool, tokens, grain_of(tokens, heads * H), [&](int64_t first, int64_t last) { kernels->rotate(r, first, last); });
+  return ffi::Error::Success();
+}
+
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::F32> k_scale,
                   ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> positions,
                   ffi::ResultBuffer<ffi::F32> out, float scale, float softcap, int64_t window) {
@@ -142,19 +158,29 @@ ffi::Error write_codes(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
   return write(pool, x, slots, positions, cache, written->untyped_data(), written_scales->typed_data());
 }
 
-// What this processor can run, best first.
+// Number i of what this processor can run, best first.
 const Kernels* usable(int i) {
+  struct Set {
+    bool is_there;
+    const Kernels* kernels;
+  };
+#if defined(__aarch64__)
+#if defined(__linux__)
+  const bool has_dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  const bool has_dot = true;  // Apple's have it
+#endif
+  const Set all[] = {{has_dot, &neon_kernels}};
+#else
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512vnni");
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const struct {
-    bool is_there;
-    const Kernels* kernels;
-  } all[] = {{has_avx512 && __builtin_cpu_supports("avx512bf16"), &avx512bf16_kernels},
-             {has_avx512, &avx512_kernels},
-             {has_avx2, &avx2_kernels}};
-  for (const auto& each : all)
+  const Set all[] = {{has_avx512 && __builtin_cpu_supports("avx512bf16"), &avx512bf16_kernels},
+                     {has_avx512, &avx512_kernels},
+                     {has_avx2, &avx2_kernels}};
+#endif
+  for (const Set& each : all)
     if (each.is_there && i-- == 0) return each.kernels;
   return nullptr;
 }
@@ -204,6 +230,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_rms_norm, realm::normalize,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_rotate, realm::rotate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<bool>("interleaved"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_attention, realm::attend,
                               ffi::Ffi::Bind()

@@ -66,6 +66,15 @@ struct Norm {
   float eps;
 };
 
+struct Rope {
+  const float* x;    // [M, N, H], a row for each token
+  const float* cos;  // [M, P]
+  const float* sin;
+  float* y;          // [M, N, H]
+  int64_t heads, H, pairs;
+  bool interleaved;  // a pair is (2i, 2i + 1), else (i, i + P)
+};
+
 struct Attention {
   const float* q;            // [B, T, N, H]
   const void* k;             // [S, K, C, H] bf16, or int8 where there are scales
@@ -97,6 +106,7 @@ struct Kernels {
   void (*to_pairs)(const HalfProduct&, int64_t first, int64_t last);
   void (*multiply_half)(const HalfProduct&, int64_t first_output, int64_t last_output);
   void (*normalize)(const Norm&, int64_t first, int64_t last);
+  void (*rotate)(const Rope&, int64_t first, int64_t last);
   void (*attend)(const Attention&, int64_t first_item, int64_t last_item);
   void (*write)(const CacheWrite&, int64_t first_token, int64_t last_token);
 };

@@ -14,6 +14,7 @@ struct Vector {
   static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
   static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static inline F swap_pairs(F x) { return _mm512_permute_ps(x, 0xb1); }  // lanes 1 0 3 2 ...
   static inline float greatest(F x) { return _mm512_reduce_max_ps(x); }
   static inline float sum(F x) {  // by halving
     __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));

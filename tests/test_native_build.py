@@ -1,0 +1,44 @@
+"""The C++ kernels under sanitizers: no byte outside the buffers, no undefined arithmetic."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SOURCES = TESTS.parent / "realm_jax" / "kernels" / "native"
+FLAGS = ["-std=c++17", "-O0", "-g1", "-ffp-contract=off", "-fno-sanitize-recover=all"]
+FLAGS += ["-fsanitize=address,undefined", "-Wall", "-Wextra", f"-I{SOURCES}"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver of all kernels, without XLA."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or os.uname().machine != "x86_64":
+        pytest.skip("the kernels' own tests need g++ on x86-64")
+    folder = tmp_path_factory.mktemp("driver")
+    sources = [TESTS / "native_sanitized.cpp", *sorted(SOURCES.glob("avx*.cpp")), SOURCES / "tiling.cpp"]
+    running = [
+        subprocess.Popen(
+            [compiler, *FLAGS, "-c", str(source), "-o", str(folder / f"{source.stem}.o")],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for source in sources
+    ]
+    for errors, process in [(process.communicate()[1], process) for process in running]:
+        assert process.returncode == 0, errors[-3000:]
+    objects = map(str, folder.glob("*.o"))
+    subprocess.run([compiler, *FLAGS, *objects, "-o", str(folder / "driver")], check=True)
+    return folder / "driver"
+
+
+def test_kernels_stay_within_their_buffers_and_do_not_read_what_was_there(driver: Path):
+    done = subprocess.run([driver, "60", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    assert done.stdout.count("60 cases") >= 1, done.stdout

@@ -1,0 +1,128 @@
+"""C++ writes: tiles of a file's blocks, keys and values into a cache, as the plain code writes them."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_cases import BLOCKS, instruction_sets, normal, random_blocks, require_native, using
+
+from realm_jax.cache import Int8Cache, KVCache, NativeInt8Cache, NativeKVCache
+from realm_jax.ggml import BLOCK_SIZES, GGMLType
+from realm_jax.kernels.native import calls
+from realm_jax.kernels.native.tiling import tile_into
+from realm_jax.quant.containers import pack
+from realm_jax.quant.tiling import tile
+
+require_native()
+
+IN_TILES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+ODD = [np.nan, -np.nan, np.inf, -np.inf, 3.4e38, 3.396e38, -3.396e38, 0, -0.0]  # some round to bf16's infinity
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_tiles_are_those_of_numpy(kind: GGMLType):
+    """Every byte that is used; a type that the library does not know is left to NumPy."""
+    rng = np.random.default_rng(kind)
+    for outputs in (1, 16, 47):
+        shape = (outputs, 3 * BLOCK_SIZES[kind].elements)
+        data = random_blocks(rng, kind, shape, low=0, high=np.inf)
+        packed = pack(data, kind, shape)
+        assert packed is not None
+        wanted, form = tile(packed)
+        found = np.full_like(wanted, 0xAB)
+        if not tile_into(found, data, kind, shape):
+            assert kind.name not in IN_TILES and (found == 0xAB).all()
+            continue
+        codes, supers, group_bytes = form.sizes
+        used = codes + (supers + group_bytes) * (2 if form.has_minimum else 1)
+        np.testing.assert_array_equal(found[:, :used], wanted[:, :used])
+
+
+def test_a_record_of_another_size_is_not_written():
+    data, tiles = np.zeros(16 * 18, np.uint8), np.zeros((1, 256), np.uint8)
+    assert not tile_into(tiles, data, GGMLType.Q4_0, (16, 32))
+
+
+def finite(x: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(x), x, x.dtype.type(0))
+
+
+def as_bf16(x: np.ndarray) -> tuple[np.ndarray]:
+    """bf16's bits; what is no number, and what rounds to infinity, is 0."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (finite(x.astype(ml_dtypes.bfloat16)).view(np.uint16),)
+
+
+def as_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and the scale of each token and head; what is no number is 0."""
+    scale = np.abs(finite(x)).max(-1) / np.float32(127)
+    return np.rint(finite(x) / np.where(scale > 0, scale, np.float32(1))[..., None]).astype(np.int8), scale
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from([1, 2, 19]),
+    st.sampled_from([8, 15, 16, 24, 33, 64, 96]),
+    st.booleans(),
+    st.sampled_from(instruction_sets()),
+    st.integers(0, 2**32 - 1),
+)
+def test_tokens_stand_in_their_slots_at_their_positions(
+    B: int, T: int, H: int, has_slots: bool, name: str, seed: int
+):
+    """Bit for bit, and nothing else has changed; positions and slots past the last are dropped."""
+    rng = np.random.default_rng(seed)
+    K, C, S = int(rng.integers(1, 4)), 64, B + 1
+    x = normal(rng, B, T, K, H) * 10.0 ** rng.integers(-5, 5, (B, T, K, 1)).astype(np.float32)
+    x = np.where(rng.random(x.shape) < 0.05, rng.choice(ODD, x.shape), x).astype(np.float32)
+    x[0, 0] = 0
+    slots = rng.permutation(S + 1)[:B].astype(np.int32)
+    positions = (rng.integers(0, C + 2, (B, 1)) + np.arange(T)).astype(np.int32)
+    bits = rng.integers(0, 2**16, (S, K, C, H)).astype(np.uint16)
+    codes, scales = bits.astype(np.int8), rng.random((S, K, C), np.float32)
+    given = jnp.asarray(x), jnp.asarray(slots) if has_slots else None, jnp.asarray(positions)
+    with using(name):
+        found = (calls.write_cache(*given, jnp.asarray(bits)),)
+        found += calls.write_cache_int8(*given, jnp.asarray(codes), jnp.asarray(scales))
+    wanted = bits, codes, scales
+    for b, t in np.ndindex(B, T):
+        slot = slots[b] if has_slots else b
+        if slot < S and positions[b, t] < C:
+            for cache, new in zip(wanted, as_bf16(x[b, t]) + as_int8(x[b, t]), strict=True):
+                cache[slot, :, positions[b, t]] = new
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == other.dtype
+        assert np.asarray(one).tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize(("plain", "native"), [(KVCache, NativeKVCache), (Int8Cache, NativeInt8Cache)])
+def test_caches_hold_what_the_plain_ones_hold(plain: type, native: type):
+    rng = np.random.default_rng(0)
+    shape = (3, 2, 64, 24)
+    scales = () if plain is KVCache else (jnp.zeros(shape[:3]), jnp.zeros(shape[:3]))
+    numbers = jnp.zeros(shape, jnp.uint16 if plain is KVCache else jnp.int8)
+    k, v = (jnp.asarray(normal(rng, 2, 5, 2, 24)) for _ in range(2))
+    slots, positions = jnp.array([2, 0], jnp.int32), jnp.asarray(np.arange(10, dtype=np.int32).reshape(2, 5))
+    caches = [kind(numbers, numbers, *scales).write(k, v, slots, positions) for kind in (plain, native)]
+    assert type(caches[1]) is native
+    for one, other in zip(*map(jax.tree.leaves, caches), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=2e-7)
+
+
+@pytest.mark.parametrize("kind", [NativeKVCache, NativeInt8Cache])
+def test_a_donated_cache_is_written_in_place(kind: type):
+    shape = (2, 1, 64, 32)
+    scales = () if kind is NativeKVCache else (jnp.zeros(shape[:3]), jnp.zeros(shape[:3]))
+    numbers = jnp.zeros(shape, jnp.uint16 if kind is NativeKVCache else jnp.int8)
+    cache = kind(numbers, numbers.copy(), *scales)
+    new, positions = jnp.ones((2, 1, 1, 32)), jnp.full((2, 1), 7, jnp.int32)
+    write = jax.jit(lambda cache: cache.write(new, new, None, positions), donate_argnums=0)
+    kept = write(cache)  # not given away: what was there stays
+    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(kept)]
+    again = write(kept)
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(again)] == places
