@@ -1,4 +1,4 @@
-"""The optional C++ kernels: without a compiler the package installs all the same, and says so when it runs."""
+"""The optional C++ kernels: without a compiler the package installs all the same, and says so later."""
 
 import importlib.util
 import platform
@@ -25,9 +25,17 @@ def native_kernels() -> list[Extension]:
         Extension(
             "realm_jax.kernels.native.library",
             sources=[str(NATIVE / f"{name}.cpp") for name in ("ffi", "tiling", *sets)],
-            depends=sorted(str(path) for path in (*NATIVE.glob("*.h"), *NATIVE.glob("*.inl"))),
+            depends=sorted(str(path) for kind in ("cpp", "h", "inl") for path in NATIVE.glob(f"*.{kind}")),
             # no contraction: a sum's bits must not depend on what the compiler fuses
-            extra_compile_args=["-std=c++17", "-O2", "-g0", "-ffp-contract=off", "-isystem", str(include), *flags],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O2",
+                "-g0",
+                "-ffp-contract=off",
+                "-isystem",
+                str(include),
+                *flags,
+            ],
             language="c++",
             optional=True,
         )

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from realm_jax.config import ModelConfig, Numerics
+from realm_jax.config import BLOCK, ModelConfig, Numerics
 from realm_jax.kernels import attention
 from realm_jax.kernels.native import calls
+from realm_jax.kernels.tiles import LANES
 
 Slots = Int[Array, "B"] | None
 """The slot of each row; None where row b is slot b."""
@@ -51,15 +52,19 @@ class Cache(Protocol):
 
 def empty_cache(shape: tuple[int, int, int, int], numerics: Numerics) -> Cache:
     """An empty cache [S, K, C, H] that stores float32, bfloat16 or int8."""
-    is_native = numerics.kernels == "native"
+    S, K, C, H = shape
+    # the kernels take heads of whole vectors
+    is_native = numerics.kernels == "native" and H % LANES == 0
     if numerics.kv_dtype == "int8":
         codes, scales = jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32)
         kind = NativeInt8Cache if is_native else Int8Cache
         return kind(codes, codes.copy(), scales, scales.copy())
     if numerics.kv_dtype == "float32":
         return KVCache(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
-    kind = NativeKVCache if is_native else KVCache
-    return kind(jnp.zeros(shape, jnp.uint16), jnp.zeros(shape, jnp.uint16))
+    if is_native:
+        k, v = (S, K, C // BLOCK, H // 2, BLOCK), (S, K, C // BLOCK, BLOCK // 2, H)
+        return NativeKVCache(jnp.zeros(k, jnp.uint32), jnp.zeros(v, jnp.uint32))
+    return KVCache(jnp.zeros(shape, jnp.uint16), jnp.zeros(shape, jnp.uint16))
 
 
 def cached_bytes(model: ModelConfig, kv_dtype: str) -> int:
@@ -76,17 +81,13 @@ class KVCache:
     the whole cache in float32, and leaves integers alone.
     """
 
-    attention: ClassVar = staticmethod(attention)
-
     k: jax.Array  # [S, K, C, H]
     v: jax.Array  # [S, K, C, H]
 
     def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "KVCache":
         """As `Cache.write`."""
         at = _places(slots, positions)
-        return type(self)(
-            _put(self.k, at, _encode(k, self.k.dtype)), _put(self.v, at, _encode(v, self.v.dtype))
-        )
+        return KVCache(_put(self.k, at, _encode(k, self.k.dtype)), _put(self.v, at, _encode(v, self.v.dtype)))
 
     def attend(
         self,
@@ -100,7 +101,7 @@ class KVCache:
     ) -> Array:
         """As `Cache.attend`."""
         how = {"scale": scale, "softcap": softcap, "window": window}
-        return self.attention(q, self.k, self.v, None, None, slots, positions, **how)
+        return attention(q, self.k, self.v, None, None, slots, positions, **how)
 
 
 @struct.dataclass
@@ -142,15 +143,30 @@ class Int8Cache:
 
 
 @struct.dataclass
-class NativeKVCache(KVCache):
-    """bf16 that the C++ kernels write and read."""
+class NativeKVCache:
+    """bf16 in pairs, as the C++ kernels take them; see `kernels.native.calls.attention`."""
 
-    attention: ClassVar = staticmethod(calls.attention)
+    k: jax.Array  # [S, K, C / 64, H / 2, 64]
+    v: jax.Array  # [S, K, C / 64, 32, H]
 
     def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "NativeKVCache":
         """As `Cache.write`."""
-        each = ((k, self.k), (v, self.v))
-        return NativeKVCache(*(calls.write_cache(x, slots, positions, kept) for x, kept in each))
+        k = calls.write_cache(k, slots, positions, self.k, is_keys=True)
+        return NativeKVCache(k, calls.write_cache(v, slots, positions, self.v, is_keys=False))
+
+    def attend(
+        self,
+        q: Array,
+        slots: Slots,
+        positions: Array,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Array:
+        """As `Cache.attend`."""
+        how = {"scale": scale, "softcap": softcap, "window": window}
+        return calls.attention(q, self.k, self.v, None, None, slots, positions, **how)
 
 
 @struct.dataclass

@@ -14,6 +14,7 @@ from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.kernels import native
 
 BLOCKS = [kind for kind, form in quant.FORMATS.items() if isinstance(form, quant.BlockFormat)]
+PROCESSORS = ("x86_64", "amd64", "aarch64", "arm64")
 SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -23,7 +24,7 @@ def require_native() -> None:
     if problem is None:
         return
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if "CI" in os.environ and compiler and platform.machine().lower() in ("x86_64", "amd64"):
+    if "CI" in os.environ and compiler and platform.machine().lower() in PROCESSORS:
         raise RuntimeError(f"there are no C++ kernels, though {compiler} could build them: {problem}")
     pytest.skip(f"no C++ kernels: {problem}", allow_module_level=True)
 

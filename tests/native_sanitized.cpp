@@ -14,7 +14,7 @@
 #include "kernels.h"
 
 namespace realm {
-extern const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels;
+extern const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels, neon_kernels;
 }
 
 extern "C" bool realm_tile(int kind, const uint8_t* data, int64_t rows, int64_t inputs, uint8_t* records, int64_t record,
@@ -252,16 +252,24 @@ static bool run(const Kernels& kernels, long cases) {
   return std::printf("%s: %ld cases\n", kernels.name, cases), true;
 }
 
-int main(int, char** arguments) {
-  const long cases = std::atol(arguments[1]), seed = std::atol(arguments[2]);
+static std::vector<const Kernels*> usable() {
+#ifdef __aarch64__
+  return {&neon_kernels};
+#else
+  std::vector<const Kernels*> all;
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512vnni");
-  std::vector<const Kernels*> all;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(&avx2_kernels);
   if (has_avx512) all.push_back(&avx512_kernels);
   if (has_avx512 && __builtin_cpu_supports("avx512bf16")) all.push_back(&avx512bf16_kernels);
-  for (const Kernels* kernels : all) {
+  return all;
+#endif
+}
+
+int main(int, char** arguments) {
+  const long cases = std::atol(arguments[1]), seed = std::atol(arguments[2]);
+  for (const Kernels* kernels : usable()) {
     generator.seed(static_cast<uint64_t>(seed));
     if (!run(*kernels, cases)) return 1;
   }

@@ -158,6 +158,17 @@ def test_equal_keys_give_the_mean_of_exactly_the_visible_values(
     assert (np.abs(attend(case) - wanted) <= 3e-6 * magnitudes).all()
 
 
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65])
+def test_blocks_at_the_edge_of_a_window_are_seen(window: int):
+    """Windows that begin at the last position of a block, and at those around it."""
+    rng = np.random.default_rng(window)
+    case = random_case(rng, 6, 1, 1, 32, 256, is_int8=False, window=window)
+    starts = np.arange(2 * SPAN - 3, 2 * SPAN + 3, dtype=np.int32)[:, None]
+    case = replace(case, k=np.zeros_like(case.k), positions=starts + window - 1)
+    wanted, magnitudes = exact(case)
+    assert (np.abs(attend(case) - wanted) <= 3e-6 * magnitudes).all()
+
+
 def test_the_sharpest_and_the_flattest_scores():
     """One position that takes all, wherever it lies, and scores that differ by less than a rounding."""
     rng = np.random.default_rng(0)

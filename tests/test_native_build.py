@@ -1,6 +1,7 @@
 """The C++ kernels under sanitizers: no byte outside the buffers, no undefined arithmetic."""
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,10 @@ TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "realm_jax" / "kernels" / "native"
 FLAGS = ["-std=c++17", "-O0", "-g1", "-ffp-contract=off", "-fno-sanitize-recover=all"]
 FLAGS += ["-fsanitize=address,undefined", "-Wall", "-Wextra", f"-I{SOURCES}"]
+VECTORS = {  # the sources of a processor, and what its compiler has to be told
+    "x86_64": ("avx*.cpp", []),
+    "aarch64": ("neon.cpp", ["-march=armv8.2-a+dotprod"]),
+}
 
 pytestmark = pytest.mark.slow
 
@@ -19,13 +24,14 @@ pytestmark = pytest.mark.slow
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The driver of all kernels, without XLA."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None or os.uname().machine != "x86_64":
-        pytest.skip("the kernels' own tests need g++ on x86-64")
+    if compiler is None or platform.machine() not in VECTORS:
+        pytest.skip(f"no C++ compiler for kernels of {platform.machine()}")
+    pattern, flags = VECTORS[platform.machine()]
     folder = tmp_path_factory.mktemp("driver")
-    sources = [TESTS / "native_sanitized.cpp", *sorted(SOURCES.glob("avx*.cpp")), SOURCES / "tiling.cpp"]
+    sources = [TESTS / "native_sanitized.cpp", SOURCES / "tiling.cpp", *sorted(SOURCES.glob(pattern))]
     running = [
         subprocess.Popen(
-            [compiler, *FLAGS, "-c", str(source), "-o", str(folder / f"{source.stem}.o")],
+            [compiler, *FLAGS, *flags, "-c", str(source), "-o", str(folder / f"{source.stem}.o")],
             stderr=subprocess.PIPE,
             text=True,
         )

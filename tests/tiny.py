@@ -55,7 +55,7 @@ def write_model(
 
     def matrix(name: str, *shape: int) -> None:
         values = rng.standard_normal(shape, np.float32) * 1.5 / shape[-1] ** 0.5
-        kind = (kinds or {}).get(name.split(".")[-1], gguf.GGMLQuantizationType.F32)
+        kind = (kinds or {}).get(name.rpartition(".")[2], gguf.GGMLQuantizationType.F32)
         data = _q4_k(values) if kind == gguf.GGMLQuantizationType.Q4_K else gguf.quantize(values, kind)
         writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
 

@@ -10,13 +10,14 @@ BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 
 
 def chunk_inputs(inputs: int) -> int | None:
-    """How many inputs share a scale: the largest divisor that is neither small nor inexact; None: no such.
+    """How many inputs share a scale: the smallest divisor that is not too small; None where there is none.
 
-    Smaller chunks are slower to multiply; larger ones cost accuracy. Few inputs are one chunk.
+    Each chunk is a product of its own, so more chunks take longer; larger ones cost accuracy, and beyond 512
+    inputs their sums could not be exact. A row of few inputs is one chunk.
     """
     if inputs < SMALLEST_CHUNK:
         return inputs
-    chunks = range(LARGEST_CHUNK, SMALLEST_CHUNK - 1, -1)
+    chunks = range(SMALLEST_CHUNK, LARGEST_CHUNK + 1)
     return next((chunk for chunk in chunks if inputs % chunk == 0), None)
 
 

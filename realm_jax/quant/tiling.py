@@ -77,7 +77,7 @@ def _tiled_factor(factor: Shaped[np.ndarray, "O S"]) -> UInt8[np.ndarray, "L byt
     return tiled.view(np.uint8).reshape(len(tiled), -1)
 
 
-def _whole_tiles(rows: Shaped[np.ndarray, "O _"]) -> Shaped[np.ndarray, "O _"]:
+def _whole_tiles(rows: Shaped[np.ndarray, "O _"]) -> Shaped[np.ndarray, "filled _"]:
     """Rows of zeros appended until they fill tiles."""
     missing = -len(rows) % LANES
     return np.pad(rows, ((0, missing), (0, 0))) if missing else rows

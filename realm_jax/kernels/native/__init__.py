@@ -30,15 +30,18 @@ def problem() -> str | None:
     """Why the kernels cannot be used in this process; None where they are ready."""
     try:
         loaded = library()
+        targets = {name: getattr(loaded, name) for name in TARGETS}
     except (OSError, ImportError) as error:
         return str(error)
+    except AttributeError as error:
+        return f"the library is older than the package ({error}); install realm-jax again"
     if loaded.realm_ffi_version() > _runtime_version():
         jaxlib = importlib.metadata.version("jaxlib")
         return f"they were built for a newer jaxlib than {jaxlib}; install realm-jax again"
     if select() is None:
         return f"this processor has none of their instruction sets ({', '.join(INSTRUCTION_SETS)})"
-    for name in TARGETS:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+    for name, target in targets.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(target), platform="cpu")
     return None
 
 

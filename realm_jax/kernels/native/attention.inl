@@ -1,8 +1,8 @@
 // Attention over a slot cache, block by block with a running maximum (Milakov and Gimelshein 2018; Dao et
 // al. 2022). Included inside the namespace of one instruction set.
 //
-// A block of SPAN positions is packed into pairs of bf16 that the dot instruction takes: keys as
-// [H / 2, SPAN], values as [SPAN / 2, H]. All queries of an item use what is packed.
+// A block of SPAN positions lies in the cache as the dot instruction takes it: pairs of bf16, keys as
+// [H / 2, SPAN], values as [SPAN / 2, H]. A block of int8 codes is made into that first.
 
 constexpr float HIDDEN = -1e30f;  // the score of a position that a query does not see
 constexpr int64_t PARTS = SPAN / LANES;
@@ -28,47 +28,38 @@ inline F tanh(F x) {
   return Vector::number(Vector::add_int(Vector::bits(t), sign));
 }
 
-// What an item works in. H is padded with zeros to `width`, a multiple of 32.
+// What an item works in.
 struct Workspace {
-  int64_t width;
-  uint32_t* queries;  // [M, width / 2]
-  uint32_t* keys;     // [width / 2, SPAN]
-  uint32_t* values;   // [SPAN / 2, width]
-  uint16_t* rows;     // [SPAN, width] numbers of a cache that are not bf16 in full width already
+  int64_t width;          // H; for int8 filled up to a multiple of 32 with zeros
+  uint32_t* queries;      // [M, width / 2]
+  const uint32_t* keys;   // [width / 2, SPAN]
+  const uint32_t* values; // [SPAN / 2, width]
+  uint32_t *own_keys, *own_values;  // where int8 codes are made into these
+  uint16_t* rows;         // [SPAN, width] codes as bf16
   float* out;         // [M, width]
   float* best;        // [M] the running maximum
   float* total;       // [M]
   int32_t* positions; // [M]; -1: idle
 };
 
-inline Workspace make_workspace(int64_t queries, int64_t head) {
+inline Workspace make_workspace(int64_t queries, int64_t head, bool is_int8) {
   Workspace w;
-  w.width = (head + 31) / 32 * 32;
+  w.width = is_int8 ? (head + 31) / 32 * 32 : head;
   const int64_t sizes[] = {queries * w.width / 2, w.width / 2 * SPAN, w.width / 2 * SPAN, w.width / 2 * SPAN, queries * w.width, queries, queries, queries};
   int64_t all = 0;
   for (int64_t size : sizes) all += (size + 15) / 16 * 16;
   uint32_t* at = static_cast<uint32_t*>(scratch(static_cast<size_t>(all) * 4));
   uint32_t* parts[8];
   for (int i = 0; i < 8; i++) parts[i] = at, at += (sizes[i] + 15) / 16 * 16;
-  w.queries = parts[0], w.keys = parts[1], w.values = parts[2];
+  w.queries = parts[0], w.keys = w.own_keys = parts[1], w.values = w.own_values = parts[2];
   w.rows = reinterpret_cast<uint16_t*>(parts[3]);
   w.out = reinterpret_cast<float*>(parts[4]), w.best = reinterpret_cast<float*>(parts[5]);
   w.total = reinterpret_cast<float*>(parts[6]), w.positions = reinterpret_cast<int32_t*>(parts[7]);
   return w;
 }
 
-// SPAN rows of the cache as bf16 [SPAN, width]; where they stand so already, no copy is made.
-inline const uint16_t* half_rows(const void* cache, bool is_int8, int64_t row, int64_t head, const Workspace& w) {
-  if (!is_int8) {
-    const uint16_t* from = static_cast<const uint16_t*>(cache) + row * head;
-    if (head == w.width) return from;
-    for (int64_t c = 0; c < SPAN; c++) {
-      std::memset(w.rows + c * w.width, 0, static_cast<size_t>(w.width) * 2);
-      std::memcpy(w.rows + c * w.width, from + c * head, static_cast<size_t>(head) * 2);
-    }
-    return w.rows;
-  }
-  const int8_t* from = static_cast<const int8_t*>(cache) + row * head;
+// SPAN rows of codes as bf16, in which they are exact.
+inline void expand_codes(const int8_t* from, int64_t head, const Workspace& w) {
   for (int64_t c = 0; c < SPAN; c++, from += head) {
     int8_t padded[LANES] = {};
     for (int64_t h = 0; h < w.width; h += LANES) {
@@ -78,20 +69,19 @@ inline const uint16_t* half_rows(const void* cache, bool is_int8, int64_t row, i
       Vector::store_bf16(w.rows + c * w.width + h, Vector::load_bytes(rest < LANES ? padded : from + h));
     }
   }
-  return w.rows;
 }
 
-inline void pack_keys(const uint16_t* rows, const Workspace& w) {
-  const uint32_t* pairs = reinterpret_cast<const uint32_t*>(rows);
+inline void pack_keys(const Workspace& w) {
+  const uint32_t* pairs = reinterpret_cast<const uint32_t*>(w.rows);
   for (int64_t c = 0; c < SPAN; c += LANES)
     for (int64_t h = 0; h < w.width / 2; h += LANES)
-      Vector::transpose(pairs + c * (w.width / 2) + h, w.width / 2, w.keys + h * SPAN + c, SPAN);
+      Vector::transpose(pairs + c * (w.width / 2) + h, w.width / 2, w.own_keys + h * SPAN + c, SPAN);
 }
 
-inline void pack_values(const uint16_t* rows, const Workspace& w) {
+inline void pack_values(const Workspace& w) {
   for (int64_t c = 0; c < SPAN / 2; c++)
     for (int64_t h = 0; h < w.width; h += LANES)
-      Vector::store_int(w.values + c * w.width + h, Vector::interleave(rows + 2 * c * w.width + h, rows + (2 * c + 1) * w.width + h));
+      Vector::store_int(w.own_values + c * w.width + h, Vector::interleave(w.rows + 2 * c * w.width + h, w.rows + (2 * c + 1) * w.width + h));
 }
 
 // The scores of R queries become weights in bf16; returns in `rescale` what earlier blocks are multiplied by.
@@ -189,7 +179,8 @@ inline void attend_rows(const Attention& a, const Workspace& w, int64_t m, int32
   soften<R>(a, w, m, first, scale_row, scores, weights, rescale);
   int64_t h = 0;
   for (; h + 4 * LANES <= w.width; h += 4 * LANES) mix<R, 4>(w, m, h, weights, rescale);
-  if (h < w.width) mix<R, 2>(w, m, h, weights, rescale);
+  for (; h + 2 * LANES <= w.width; h += 2 * LANES) mix<R, 2>(w, m, h, weights, rescale);
+  if (h < w.width) mix<R, 1>(w, m, h, weights, rescale);
 }
 
 // Whether query m sees some position of the block.
@@ -198,19 +189,21 @@ inline bool sees(const Attention& a, const Workspace& w, int64_t m, int32_t firs
   return at >= first && (a.window == 0 || at - a.window < first + SPAN - 1);
 }
 
-// The next rows are on their way into the cache while this block is computed.
-inline void fetch(const void* cache, int64_t row, int64_t row_bytes) {
-  const char* from = static_cast<const char*>(cache) + row * row_bytes;
-  for (int64_t i = 0; i < SPAN * row_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+// Where the keys and values of a block stand in pairs; `row` is its first in [S, K, C].
+inline void open_block(const Attention& a, Workspace& w, int64_t row) {
+  if (a.k_scale == nullptr) {
+    w.keys = static_cast<const uint32_t*>(a.k) + row * (a.H / 2);
+    w.values = static_cast<const uint32_t*>(a.v) + row * (a.H / 2);
+    return;
+  }
+  expand_codes(static_cast<const int8_t*>(a.k) + row * a.H, a.H, w);
+  pack_keys(w);
+  expand_codes(static_cast<const int8_t*>(a.v) + row * a.H, a.H, w);
+  pack_values(w);
 }
 
-inline void attend_block(const Attention& a, const Workspace& w, int64_t queries, int64_t row, int32_t first) {
-  const bool is_int8 = a.k_scale != nullptr;
-  const int64_t row_bytes = a.H * (is_int8 ? 1 : 2);
-  fetch(a.v, row, row_bytes);
-  pack_keys(half_rows(a.k, is_int8, row, a.H, w), w);
-  if (first + 2 * SPAN <= a.C) fetch(a.k, row + SPAN, row_bytes);
-  pack_values(half_rows(a.v, is_int8, row, a.H, w), w);
+inline void attend_block(const Attention& a, Workspace& w, int64_t queries, int64_t row, int32_t first) {
+  open_block(a, w, row);
   for (int64_t m = 0; m < queries;) {
     int64_t run = 0;
     while (run < 4 && m + run < queries && sees(a, w, m + run, first)) run++;
@@ -263,7 +256,7 @@ void attend(const Attention& a, int64_t first_item, int64_t last_item) {
     const int64_t b = item / (a.K * chunks), k = item / chunks % a.K, t0 = item % chunks * a.tokens;
     const int64_t tokens = a.T - t0 < a.tokens ? a.T - t0 : a.tokens;
     const int64_t slot = a.slots == nullptr ? b : a.slots[b];
-    const Workspace w = make_workspace(group * tokens, a.H);
+    Workspace w = make_workspace(group * tokens, a.H, a.k_scale != nullptr);
     int64_t low, high;
     open_item(a, w, b, k, t0, group * tokens, &low, &high);
     if (slot >= 0 && slot < a.S)

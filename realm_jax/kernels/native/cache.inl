@@ -11,12 +11,21 @@ inline F load_some(const float* p, int64_t count) {
   return Vector::load(padded);
 }
 
-inline void write_half(const float* x, int64_t size, uint16_t* to) {
+// One head of one token among the pairs of its block.
+inline void write_keys(const float* x, int64_t size, uint32_t* block, int64_t c) {
+  uint16_t halves[LANES];
   for (int64_t h = 0; h < size; h += LANES) {
-    uint16_t padded[LANES];
-    const bool is_whole = size - h >= LANES;
-    Vector::store_bf16(is_whole ? to + h : padded, Vector::keep_below(load_some(x + h, size - h), ROUNDS_TO_INFINITY));
-    if (!is_whole) std::memcpy(to + h, padded, static_cast<size_t>(size - h) * 2);
+    Vector::store_bf16(halves, Vector::keep_below(Vector::load(x + h), ROUNDS_TO_INFINITY));
+    for (int64_t i = 0; i < LANES / 2; i++) std::memcpy(block + (h / 2 + i) * SPAN + c, halves + 2 * i, 4);
+  }
+}
+
+inline void write_values(const float* x, int64_t size, uint32_t* block, int64_t c) {
+  uint16_t halves[LANES];
+  uint16_t* to = reinterpret_cast<uint16_t*>(block + c / 2 * size) + c % 2;
+  for (int64_t h = 0; h < size; h += LANES) {
+    Vector::store_bf16(halves, Vector::keep_below(Vector::load(x + h), ROUNDS_TO_INFINITY));
+    for (int64_t i = 0; i < LANES; i++) to[2 * (h + i)] = halves[i];
   }
 }
 
@@ -45,10 +54,15 @@ void write(const CacheWrite& c, int64_t first, int64_t last) {
     for (int64_t k = 0; k < c.K; k++) {
       const float* x = c.x + (token * c.K + k) * c.H;
       const int64_t row = (slot * c.K + k) * c.C + at;
-      if (c.scales == nullptr)
-        write_half(x, c.H, static_cast<uint16_t*>(c.cache) + row * c.H);
-      else
+      if (c.scales != nullptr) {
         c.scales[row] = write_codes(x, c.H, static_cast<int8_t*>(c.cache) + row * c.H);
+        continue;
+      }
+      uint32_t* block = static_cast<uint32_t*>(c.cache) + row / SPAN * (c.H / 2 * SPAN);
+      if (c.is_keys)
+        write_keys(x, c.H, block, at % SPAN);
+      else
+        write_values(x, c.H, block, at % SPAN);
     }
   }
 }

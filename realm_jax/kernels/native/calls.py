@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int8, UInt8, UInt16
+from jaxtyping import Array, Float, Int, Int8, UInt8, UInt32
 
 from realm_jax.kernels import reference
 from realm_jax.kernels.tiles import TileFormat, dequantize_tiles
@@ -118,8 +118,8 @@ rotate.defvjp(_rotate_forward, _rotate_backward)
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Array,  # [S, K, C, H]
-    v: Array,  # [S, K, C, H]
+    k: Array,  # uint32 [S, K, C / 64, H / 2, 64], or int8 [S, K, C, H]
+    v: Array,  # uint32 [S, K, C / 64, 32, H], or int8 [S, K, C, H]
     k_scale: Float[Array, "S K C"] | None,
     v_scale: Float[Array, "S K C"] | None,
     slots: Int[Array, "B"] | None,
@@ -129,7 +129,10 @@ def attention(
     softcap: float | None,
     window: int | None,
 ) -> Float[Array, "B T N H"]:
-    """As `kernels.attention`, of bf16's bits in uint16 or int8 codes; C is a multiple of 64."""
+    """As `kernels.attention`, of int8 codes or of bf16 in pairs, as the dot instruction takes them.
+
+    A pair of keys is two neighbours of a head, one of values two positions; the first in the lower bits.
+    """
     none = jnp.zeros(0, jnp.float32)
     call = jax.ffi.ffi_call("realm_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
     how: dict[str, Any] = {
@@ -145,12 +148,14 @@ def write_cache(
     x: Float[Array, "B T K H"],
     slots: Int[Array, "B"] | None,
     positions: Int[Array, "B T"],
-    cache: UInt16[Array, "S K C H"],
-) -> UInt16[Array, "S K C H"]:
-    """The cache with x in bf16 at the rows' slots and positions, in place where it is donated."""
+    cache: UInt32[Array, "S K blocks _ _"],
+    *,
+    is_keys: bool,
+) -> UInt32[Array, "S K blocks _ _"]:
+    """The packed cache with x in bf16 at the rows' slots and positions, in place where it is donated."""
     result = jax.ShapeDtypeStruct(cache.shape, cache.dtype)
     call = jax.ffi.ffi_call("realm_cache_write", result, input_output_aliases={3: 0})
-    return call(x, _or_none(slots), positions, cache)  # pyright: ignore[reportReturnType]
+    return call(x, _or_none(slots), positions, cache, is_keys=is_keys)  # pyright: ignore[reportReturnType]
 
 
 def write_cache_int8(

@@ -75,9 +75,12 @@ struct Rope {
   bool interleaved;  // a pair is (2i, 2i + 1), else (i, i + P)
 };
 
+// A bf16 cache is kept as the dot instruction takes it, in pairs of numbers and blocks of SPAN positions:
+// keys [S, K, C / SPAN, H / 2, SPAN] of two neighbours of the head, values [S, K, C / SPAN, SPAN / 2, H] of two
+// positions. H is a multiple of LANES.
 struct Attention {
   const float* q;            // [B, T, N, H]
-  const void* k;             // [S, K, C, H] bf16, or int8 where there are scales
+  const void* k;             // packed bf16, see below; or int8 [S, K, C, H] where there are scales
   const void* v;
   const float* k_scale;      // [S, K, C] or null
   const float* v_scale;
@@ -91,12 +94,13 @@ struct Attention {
 };
 
 struct CacheWrite {
-  const float* x;            // [B, T, K, H]
+  const float* x;            // [B, T, K, H]; H even
   const int32_t* slots;      // [B] or null: row b is slot b
   const int32_t* positions;  // [B, T]; at or past C: dropped
-  void* cache;               // [S, K, C, H] bf16, or int8 where there are scales
+  void* cache;               // packed bf16, or int8 [S, K, C, H] where there are scales
   float* scales;             // [S, K, C] or null
   int64_t T, K, S, C, H;
+  bool is_keys;
 };
 
 struct Kernels {
