@@ -35,31 +35,33 @@ void quantize(const Rows& rows, int64_t first, int64_t last) {
   }
 }
 
-constexpr int64_t AHEAD = 2048;
-
-// Where a tile's codes come from: step j of block b is LANES outputs of four inputs.
-// What lies AHEAD is asked for early: a record is too short for the processor to see the stream of them.
+// Where a tile's codes come from: step j of block b is LANES outputs of four inputs. What stands at the same
+// place `ahead`, in the next tile, is asked for: codes and scales in turn are no stream that a processor sees.
 struct Bytes {
   const uint8_t* codes;
+  int64_t ahead;
   inline I load(int64_t b, int64_t j) const {
-    __builtin_prefetch(codes + b * 512 + j * 64 + AHEAD);
-    return Vector::load_int(codes + b * 512 + j * 64);
+    const uint8_t* at = codes + b * 512 + j * 64;
+    __builtin_prefetch(at + ahead, 0, 2);
+    return Vector::load_int(at);
   }
 };
 
 struct Nibbles {
   const uint8_t* codes;
+  int64_t ahead;
   inline I load(int64_t b, int64_t j) const {
-    if (j < 4) __builtin_prefetch(codes + b * 256 + j * 64 + AHEAD);
-    I pair = Vector::load_int(codes + b * 256 + (j & 3) * 64);
+    const uint8_t* at = codes + b * 256 + (j & 3) * 64;
+    if (j < 4) __builtin_prefetch(at + ahead, 0, 2);
+    I pair = Vector::load_int(at);
     return j < 4 ? Vector::low_nibbles(pair) : Vector::high_nibbles(pair);
   }
 };
 
 struct Indices {
-  const uint8_t* codes;
+  Nibbles nibbles;
   I table;
-  inline I load(int64_t b, int64_t j) const { return Vector::look_up(table, Nibbles{codes}.load(b, j)); }
+  inline I load(int64_t b, int64_t j) const { return Vector::look_up(table, nibbles.load(b, j)); }
 };
 
 // The scale (or minimum) of each group of a tile, float32 [I / group, LANES].
@@ -160,7 +162,8 @@ inline void multiply_any(const Product& p, Codes codes, const float* scales, con
 
 void multiply(const Product& p, int64_t first_tile, int64_t last_tile) {
   const Weights& w = p.weights;
-  const int64_t blocks = w.inputs / BLOCK, groups = w.inputs / w.group, record = w.record();
+  const int64_t blocks = w.inputs / BLOCK, groups = w.inputs / w.group;
+  const int64_t record = w.record();
   float* scales = static_cast<float*>(scratch(static_cast<size_t>(8 * groups * LANES + blocks * 512)));
   float* minima = scales + groups * LANES;
   uint8_t* bytes = reinterpret_cast<uint8_t*>(minima + groups * LANES);
@@ -168,19 +171,21 @@ void multiply(const Product& p, int64_t first_tile, int64_t last_tile) {
   for (int64_t tile = first_tile; tile < last_tile; tile++) {
     const uint8_t* codes = w.records + tile * record;
     const uint8_t* factors = codes + w.code_bytes();
+    const Nibbles nibbles{codes, record};
+    for (int64_t i = w.code_bytes(); i < record; i += 64) __builtin_prefetch(codes + i + record, 0, 2);
     expand(w, factors, scales);
     if (w.has_minimum) expand(w, factors + w.factor_bytes(), minima);
     if (!w.is_4bit) {
-      multiply_any(p, Bytes{codes}, scales, minima, tile);
+      multiply_any(p, Bytes{codes, record}, scales, minima, tile);
     } else if (p.count > 8) {  // taken apart once for all rows
       for (int64_t b = 0; b < blocks; b++)
         for (int64_t j = 0; j < 8; j++)
-          Vector::store_int(bytes + b * 512 + j * 64, w.table == nullptr ? Nibbles{codes}.load(b, j) : Indices{codes, table}.load(b, j));
-      multiply_any(p, Bytes{bytes}, scales, minima, tile);
+          Vector::store_int(bytes + b * 512 + j * 64, w.table == nullptr ? nibbles.load(b, j) : Indices{nibbles, table}.load(b, j));
+      multiply_any(p, Bytes{bytes, 0}, scales, minima, tile);
     } else if (w.table == nullptr) {
-      multiply_any(p, Nibbles{codes}, scales, minima, tile);
+      multiply_any(p, nibbles, scales, minima, tile);
     } else {
-      multiply_any(p, Indices{codes, table}, scales, minima, tile);
+      multiply_any(p, Indices{nibbles, table}, scales, minima, tile);
     }
   }
 }
