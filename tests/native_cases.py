@@ -67,3 +67,17 @@ def random_blocks(
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
+
+
+def paired_keys(bits: np.ndarray) -> np.ndarray:
+    """bf16's bits [S, K, C, H] as the kernels keep keys: uint32 [S, K, C / 64, H / 2, 64]."""
+    S, K, C, H = bits.shape
+    pairs = np.ascontiguousarray(bits).view(np.uint32).reshape(S, K, C // 64, 64, H // 2)
+    return np.ascontiguousarray(pairs.swapaxes(3, 4))
+
+
+def paired_values(bits: np.ndarray) -> np.ndarray:
+    """bf16's bits [S, K, C, H] as the kernels keep values: uint32 [S, K, C / 64, 32, H]."""
+    S, K, C, H = bits.shape
+    two = bits.reshape(S, K, C // 64, 32, 2, H).astype(np.uint32)
+    return two[:, :, :, :, 0] | two[:, :, :, :, 1] << np.uint32(16)

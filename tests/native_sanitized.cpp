@@ -198,7 +198,8 @@ template <class Number>
 static bool cache_write(const Kernels& kernels) {
   const int64_t B = from(1, 4), T = from(1, 20);
   CacheWrite c{};
-  c.T = T, c.K = from(1, 3), c.S = from(1, 4), c.C = SPAN * from(1, 2), c.H = from(1, 70);
+  c.T = T, c.K = from(1, 3), c.S = from(1, 4), c.C = SPAN * from(1, 2);
+  c.H = sizeof(Number) == 1 ? from(1, 70) : LANES * from(1, 5), c.is_keys = maybe();
   Buffer<float> x(B * T * c.K * c.H), scales(c.S * c.K * c.C);
   Buffer<Number> cache(c.S * c.K * c.C * c.H);
   Buffer<int32_t> slots(B), positions(B * T);
@@ -216,7 +217,7 @@ template <class Number, class Draw>
 static bool attention(const Kernels& kernels, const Draw& draw) {
   Attention a{};
   a.B = from(1, 3), a.T = maybe() ? 1 : from(1, 40), a.K = from(1, 3), a.N = a.K * from(1, 5);
-  a.S = from(1, 4), a.C = SPAN * from(1, 4), a.H = maybe() ? 8 * from(1, 20) : from(1, 70);
+  a.S = from(1, 4), a.C = SPAN * from(1, 4), a.H = sizeof(Number) == 1 && maybe() ? from(1, 70) : LANES * from(1, 10);
   a.scale = 0.3f, a.softcap = maybe() ? 20 : 0, a.window = maybe() ? from(1, 150) : 0;
   a.tokens = a.T < 16 ? a.T : from(1, 16);
   Buffer<float> q(a.B * a.T * a.N * a.H), out(a.B * a.T * a.N * a.H), k_scale(a.S * a.K * a.C), v_scale(a.S * a.K * a.C);

@@ -44,11 +44,12 @@ for rows in (1, 7, 200):
     add(calls.tiles_matmul(normal(rows, 512), jnp.asarray(tiles), form, 2053))
     add(calls.matmul(normal(rows, 512), normal(301, 512).astype(jnp.bfloat16)))
 add(calls.rms_norm(normal(300, 515), normal(515), 1e-5))
-cache = jnp.asarray(rng.integers(0, 2**14, (5, 2, 256, 64)).astype(np.uint16))
+def bits(*shape): return jnp.asarray(rng.integers(0, 2**14, shape).astype(np.uint16).view(np.uint32))
+keys, values = bits(5, 2, 4, 32, 128), bits(5, 2, 4, 32, 128)
 positions = jnp.asarray((rng.integers(0, 200, (5, 1)) + np.arange(40)).astype(np.int32))
 how = {"scale": 1e-3, "softcap": None, "window": None}
-add(calls.attention(normal(5, 40, 6, 64), cache, cache, None, None, None, positions, **how))
-add(calls.write_cache(normal(5, 40, 2, 64) + 1, None, positions, cache))
+add(calls.attention(normal(5, 40, 6, 64), keys, values, None, None, None, positions, **how))
+add(calls.write_cache(normal(5, 40, 2, 64) + 1, None, positions, keys, is_keys=True))
 names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 print(digest.hexdigest(), names.count("tf_XLAEigen"))
 """
@@ -105,7 +106,7 @@ def test_tiles_of_another_matrix_raise(x: tuple[int, int], tiles: tuple[int, int
         jax.block_until_ready(calls.tiles_matmul(ones(*x), ones(*tiles, dtype=jnp.uint8), Q4_0, 16))
 
 
-BF16, BITS = jnp.bfloat16, jnp.uint16
+BF16, PAIRS = jnp.bfloat16, jnp.uint32
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,8 @@ def test_factors_of_another_norm_raise(features: int):
         call("realm_rms_norm", (3, 5), ones(3, 5), ones(features), eps=np.float32(1e-5))
 
 
-Q, KV, CODES = ones(2, 3, 4, 32), ones(2, 2, 64, 32, dtype=BITS), ones(2, 2, 64, 32, dtype=jnp.int8)
+Q, CODES = ones(2, 3, 4, 32), ones(2, 2, 64, 32, dtype=jnp.int8)
+KEYS, VALUES = ones(2, 2, 1, 16, 64, dtype=PAIRS), ones(2, 2, 1, 32, 32, dtype=PAIRS)
 NONE, NO_SLOTS, AT = ones(0), ones(0, dtype=jnp.int32), ones(2, 3, dtype=jnp.int32)
 SCALES = ones(2, 2, 64)
 HOW = {"scale": np.float32(1), "softcap": np.float32(0), "window": np.int64(0)}
@@ -137,26 +139,21 @@ HOW = {"scale": np.float32(1), "softcap": np.float32(0), "window": np.int64(0)}
 @pytest.mark.parametrize(
     "arguments",
     [
-        (Q, KV[:, :, :, :16], KV[:, :, :, :16], NONE, NONE, NO_SLOTS, AT),  # head dim
-        (
-            Q,
-            ones(2, 3, 64, 32, dtype=BITS),
-            ones(2, 3, 64, 32, dtype=BITS),
-            NONE,
-            NONE,
-            NO_SLOTS,
-            AT,
-        ),  # heads
-        (Q, KV[:, :, :48], KV[:, :, :48], NONE, NONE, NO_SLOTS, AT),  # capacity
-        (Q, KV, KV[:1], NONE, NONE, NO_SLOTS, AT),  # values of another shape
+        (Q, KEYS[:, :, :, :8], VALUES[..., :16], NONE, NONE, NO_SLOTS, AT),  # head dim
+        (Q, KEYS[:, :, :, :12], VALUES[..., :24], NONE, NONE, NO_SLOTS, AT),  # no whole vectors
+        (Q, ones(2, 3, 1, 16, 64, dtype=PAIRS), ones(2, 3, 1, 32, 32, dtype=PAIRS), NONE, NONE, NO_SLOTS, AT),
+        (Q, KEYS[..., :48], VALUES[:, :, :, :24], NONE, NONE, NO_SLOTS, AT),  # no whole blocks
+        (Q, CODES[:, :, :48], CODES[:, :, :48], SCALES[:, :, :48], SCALES[:, :, :48], NO_SLOTS, AT),
+        (Q, KEYS, VALUES[:1], NONE, NONE, NO_SLOTS, AT),  # values of another shape
+        (Q, VALUES, KEYS, NONE, NONE, NO_SLOTS, AT),  # taken for each other
         (Q, CODES, CODES, NONE, NONE, NO_SLOTS, AT),  # codes without scales
         (Q, CODES, CODES, SCALES, NONE, NO_SLOTS, AT),
         (Q, CODES, CODES, SCALES[:, :, :32], SCALES[:, :, :32], NO_SLOTS, AT),
-        (Q, KV, KV, SCALES, SCALES, NO_SLOTS, AT),  # scales without codes
-        (Q, KV, CODES, NONE, NONE, NO_SLOTS, AT),
-        (Q, KV, KV, NONE, NONE, AT[0, :1], AT),  # fewer slots than rows
-        (Q, KV, KV, NONE, NONE, NO_SLOTS, AT[:1]),  # fewer positions than queries
-        (Q, KV, KV, NONE, NONE, NO_SLOTS, AT[:, :2]),
+        (Q, KEYS, VALUES, SCALES, SCALES, NO_SLOTS, AT),  # scales without codes
+        (Q, KEYS, CODES, NONE, NONE, NO_SLOTS, AT),
+        (Q, KEYS, VALUES, NONE, NONE, AT[0, :1], AT),  # fewer slots than rows
+        (Q, KEYS, VALUES, NONE, NONE, NO_SLOTS, AT[:1]),  # fewer positions than queries
+        (Q, KEYS, VALUES, NONE, NONE, NO_SLOTS, AT[:, :2]),
     ],
 )
 def test_a_cache_that_does_not_fit_raises(arguments: tuple[jax.Array, ...]):
@@ -165,7 +162,7 @@ def test_a_cache_that_does_not_fit_raises(arguments: tuple[jax.Array, ...]):
 
 
 def test_the_call_that_fits_does_not_raise():
-    call("realm_attention", Q.shape, Q, KV, KV, NONE, NONE, NO_SLOTS, AT, **HOW)
+    call("realm_attention", Q.shape, Q, KEYS, VALUES, NONE, NONE, NO_SLOTS, AT, **HOW)
     call("realm_matmul_bf16", (2, 8), ones(2, 64), ones(8, 64, dtype=BF16))
 
 
@@ -180,9 +177,9 @@ def test_the_call_that_fits_does_not_raise():
 )
 def test_keys_that_do_not_fit_the_cache_raise(x: jax.Array, slots: jax.Array, positions: jax.Array):
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT: realm_cache_write"):
-        target = jax.ShapeDtypeStruct(KV.shape, KV.dtype)
+        target = jax.ShapeDtypeStruct(KEYS.shape, KEYS.dtype)
         write = jax.ffi.ffi_call("realm_cache_write", target, input_output_aliases={3: 0})
-        jax.block_until_ready(write(x, slots, positions, KV))
+        jax.block_until_ready(write(x, slots, positions, KEYS, is_keys=True))
 
 
 def test_the_numerics_that_native_kernels_allow(monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import instruction_sets, normal, require_native, using
+from native_cases import instruction_sets, normal, paired_keys, paired_values, require_native, using
 
 from realm_jax.kernels import reference
 from realm_jax.kernels.native import calls
@@ -54,7 +54,8 @@ class Case:
 
 def attend(case: Case) -> np.ndarray:
     k_scale, v_scale = case.scales or (None, None)
-    arrays = (case.q, case.k, case.v, k_scale, v_scale, case.slots, case.positions)
+    k, v = (case.k, case.v) if case.scales else (paired_keys(case.k), paired_values(case.v))
+    arrays = (case.q, k, v, k_scale, v_scale, case.slots, case.positions)
     given: list[Any] = [None if x is None else jnp.asarray(x) for x in arrays]
     how = {"scale": case.scale, "softcap": case.softcap, "window": case.window}
     return np.asarray(calls.attention(*given, **how))
@@ -87,7 +88,8 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
 def random_case(
     rng: np.random.Generator, B: int, T: int, group: int, H: int, C: int, *, is_int8: bool, **how: Any
 ) -> Case:
-    """Positions end anywhere; three slots in use or more, gathered in any order."""
+    """Positions end anywhere; three slots in use or more, gathered in any order. bf16 has whole vectors."""
+    H = H if is_int8 else -(-H // 16) * 16
     K, has_slots = int(rng.integers(1, 4)), rng.integers(2) == 1
     S = B + 2 if has_slots else B
     ends = rng.integers(T, C + 1, B)
@@ -221,7 +223,7 @@ def test_bits_depend_on_the_query_and_what_it_sees(group: int, H: int, how: dict
     whole = random_case(rng, 1, 64, group, H, 256, **how)
     whole = replace(whole, slots=None, k=whole.k[:1], v=whole.v[:1], scales=_first(whole.scales))
     whole = replace(whole, positions=(np.arange(64, dtype=np.int32) + 150)[None])
-    wanted = attend(whole)[0]
+    wanted, H = attend(whole)[0], whole.q.shape[-1]
     for B, T, C in [(1, 1, 256), (4, 1, 512), (7, 3, 256), (2, 17, 320)]:
         other = random_case(rng, B, T, group, H, C, **how)
         K, b, first, slot = whole.k.shape[1], int(rng.integers(B)), int(rng.integers(0, 65 - T)), B - 1

@@ -1,5 +1,8 @@
 """C++ writes: tiles of a file's blocks, keys and values into a cache, as the plain code writes them."""
 
+from dataclasses import replace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,9 +10,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import BLOCKS, instruction_sets, normal, random_blocks, require_native, using
+from native_cases import (
+    BLOCKS,
+    instruction_sets,
+    normal,
+    paired_keys,
+    paired_values,
+    random_blocks,
+    require_native,
+    using,
+)
 
-from realm_jax.cache import Int8Cache, KVCache, NativeInt8Cache, NativeKVCache
+from realm_jax.cache import KVCache, NativeInt8Cache, NativeKVCache, empty_cache
+from realm_jax.config import Numerics
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.kernels.native import calls
 from realm_jax.kernels.native.tiling import tile_into
@@ -95,42 +108,57 @@ def test_tokens_stand_in_their_slots_at_their_positions(
     positions = (starts + np.arange(T)).astype(np.int32)
     bits = rng.integers(0, 2**16, (S, K, C, H)).astype(np.uint16)
     codes, scales = bits.astype(np.int8), rng.random((S, K, C), np.float32)
+    has_pairs = H % 16 == 0  # other heads are kept by XLA's own cache
     given = jnp.asarray(x), jnp.asarray(slots) if has_slots else None, jnp.asarray(positions)
     with using(name):
-        found = (calls.write_cache(*given, jnp.asarray(bits)),)
-        found += calls.write_cache_int8(*given, jnp.asarray(codes), jnp.asarray(scales))
+        found = calls.write_cache_int8(*given, jnp.asarray(codes), jnp.asarray(scales))
+        if has_pairs:
+            found += (calls.write_cache(*given, jnp.asarray(paired_keys(bits)), is_keys=True),)
+            found += (calls.write_cache(*given, jnp.asarray(paired_values(bits)), is_keys=False),)
     wanted = bits, codes, scales
     for b, t in np.ndindex(B, T):
         slot = slots[b] if has_slots else b
         if slot < S and positions[b, t] < C:
             for cache, new in zip(wanted, as_bf16(x[b, t]) + as_int8(x[b, t]), strict=True):
                 cache[slot, :, positions[b, t]] = new
-    for one, other in zip(found, wanted, strict=True):
+    expected = (codes, scales, *((paired_keys(bits), paired_values(bits)) if has_pairs else ()))
+    for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         assert np.asarray(one).tobytes() == other.tobytes()
 
 
-@pytest.mark.parametrize(("plain", "native"), [(KVCache, NativeKVCache), (Int8Cache, NativeInt8Cache)])
-def test_caches_hold_what_the_plain_ones_hold(plain: type, native: type):
+NATIVE = Numerics("bfloat16", "bfloat16", "quantized", "native")
+PLAIN = Numerics("bfloat16", "bfloat16", "dense", "xla")
+CACHES = [("bfloat16", NativeKVCache), ("int8", NativeInt8Cache)]
+
+
+@pytest.mark.parametrize(("kv_dtype", "kind"), CACHES)
+def test_caches_hold_what_the_plain_ones_hold(kv_dtype: Any, kind: type):
     rng = np.random.default_rng(0)
-    shape = (3, 2, 64, 24)
-    scales = () if plain is KVCache else (jnp.zeros(shape[:3]), jnp.zeros(shape[:3]))
-    numbers = jnp.zeros(shape, jnp.uint16 if plain is KVCache else jnp.int8)
-    k, v = (jnp.asarray(normal(rng, 2, 5, 2, 24)) for _ in range(2))
+    k, v = (jnp.asarray(normal(rng, 2, 5, 2, 32)) for _ in range(2))
     slots, positions = jnp.array([2, 0], jnp.int32), jnp.asarray(np.arange(10, dtype=np.int32).reshape(2, 5))
-    caches = [kind(numbers, numbers, *scales).write(k, v, slots, positions) for kind in (plain, native)]
-    assert type(caches[1]) is native
-    for one, other in zip(*map(jax.tree.leaves, caches), strict=True):
+    plain, native = (
+        empty_cache((3, 2, 64, 32), replace(numerics, kv_dtype=kv_dtype)).write(k, v, slots, positions)
+        for numerics in (PLAIN, NATIVE)
+    )
+    assert type(native) is kind
+    kept = [np.asarray(leaf) for leaf in jax.tree.leaves(plain)]
+    if kv_dtype == "bfloat16":
+        kept = [paired_keys(kept[0]), paired_values(kept[1])]
+    for one, other in zip(kept, jax.tree.leaves(native), strict=True):
         assert one.dtype == other.dtype
-        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=2e-7)
+        np.testing.assert_allclose(one.astype(np.float32), np.asarray(other, np.float32), rtol=2e-7)
 
 
-@pytest.mark.parametrize("kind", [NativeKVCache, NativeInt8Cache])
-def test_a_donated_cache_is_written_in_place(kind: type):
-    shape = (2, 1, 64, 32)
-    scales = () if kind is NativeKVCache else (jnp.zeros(shape[:3]), jnp.zeros(shape[:3]))
-    numbers = jnp.zeros(shape, jnp.uint16 if kind is NativeKVCache else jnp.int8)
-    cache = kind(numbers, numbers.copy(), *scales)
+@pytest.mark.parametrize("head_dim", [8, 24, 40])
+def test_heads_of_no_whole_vectors_are_kept_by_the_plain_cache(head_dim: int):
+    assert type(empty_cache((1, 1, 64, head_dim), NATIVE)) is KVCache
+
+
+@pytest.mark.parametrize(("kv_dtype", "kind"), CACHES)
+def test_a_donated_cache_is_written_in_place(kv_dtype: Any, kind: type):
+    cache = empty_cache((2, 1, 64, 32), replace(NATIVE, kv_dtype=kv_dtype))
+    assert type(cache) is kind
     new, positions = jnp.ones((2, 1, 1, 32)), jnp.full((2, 1), 7, jnp.int32)
     write = jax.jit(lambda cache: cache.write(new, new, None, positions), donate_argnums=0)
     kept = write(cache)  # not given away: what was there stays

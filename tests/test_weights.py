@@ -116,9 +116,9 @@ print(peak() - idle, weights.resident_bytes(model.params), model.seconds)
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_peak_memory_at_load(default_model: Path, dtype: str) -> None:
-    """Above an idle process, loading needs at most 2.5 times what stays."""
+    """Above an idle process, loading needs little more than what stays: the tokenizer, some buffers."""
     command = [sys.executable, "-c", PEAK, str(default_model), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     above, resident, _ = map(float, re.findall(r"[\d.]+", done.stdout))
-    assert resident > 2e8
-    assert above <= 2.5 * resident
+    assert resident > 8e7
+    assert above <= 1.3 * resident + 60e6

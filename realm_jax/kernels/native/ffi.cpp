@@ -52,8 +52,15 @@ const Kernels* kernels = nullptr;  // chosen by realm_select
 // Numbers that one part of the work has at least: below, a second thread costs more than it saves.
 constexpr int64_t GRAIN = 1 << 15;
 
+// How many of `count` things, of so many numbers `each`, are a part: about 64 parts, for a thread may be slow.
 int64_t grain_of(int64_t count, int64_t each) {
   const int64_t least = (GRAIN + each - 1) / each, many = count / 64;
+  return least > many ? least : many;
+}
+
+// The same for weights that meet few rows: two parts a thread, as memory is fastest where it is read on and on.
+int64_t stream_of(const ffi::ThreadPool& pool, int64_t count, int64_t each) {
+  const int64_t least = (GRAIN + each - 1) / each, many = count / (2 * std::max<int64_t>(pool.num_threads(), 1));
   return least > many ? least : many;
 }
 
@@ -92,21 +99,21 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   p.y = y->typed_data();
   p.count = M;
   parallel_for(pool, M, grain_of(M, inputs), [&](int64_t first, int64_t last) { kernels->quantize(p.rows, first, last); });
-  const int64_t work = inputs * LANES * (M < 4 ? 1 : M / 4);
-  parallel_for(pool, count, grain_of(count, work), [&](int64_t first, int64_t last) { kernels->multiply(p, first, last); });
+  const int64_t grain = M < 8 ? stream_of(pool, count, inputs * LANES) : grain_of(count, inputs * LANES * (M / 4));
+  parallel_for(pool, count, grain, [&](int64_t first, int64_t last) { kernels->multiply(p, first, last); });
   return ffi::Error::Success();
 }
 
-ffi::Error multiply_half(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::BF16> weight,
+ffi::Error multiply_half(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
                          ffi::ResultBuffer<ffi::F32> y) {
   if (x.dimensions().size() != 2 || y->dimensions().size() != 2) return invalid("realm_matmul_bf16: x and y must be matrices");
   const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
   if (inputs % BLOCK != 0) return invalid("realm_matmul_bf16: inputs must be a multiple of 32");
-  if (!has_shape(weight, {outputs, inputs}) || !has_shape(*y, {M, outputs})) return invalid("realm_matmul_bf16: the weight does not fit x and y");
+  if (weight.element_type() != ffi::BF16 || !has_shape(weight, {outputs, inputs}) || !has_shape(*y, {M, outputs})) return invalid("realm_matmul_bf16: the weight does not fit x and y");
   auto* pairs = static_cast<uint32_t*>(shared.at_least(static_cast<size_t>(2 * M * inputs)));
-  HalfProduct p{reinterpret_cast<const uint16_t*>(weight.typed_data()), pairs, x.typed_data(), y->typed_data(), M, outputs, inputs};
+  HalfProduct p{static_cast<const uint16_t*>(weight.untyped_data()), pairs, x.typed_data(), y->typed_data(), M, outputs, inputs};
   parallel_for(pool, M, grain_of(M, inputs), [&](int64_t first, int64_t last) { kernels->to_pairs(p, first, last); });
-  const int64_t grain = (grain_of(outputs, inputs * (M < 4 ? 1 : M / 4)) + 3) / 4 * 4;
+  const int64_t grain = ((M < 8 ? stream_of(pool, outputs, inputs) : grain_of(outputs, inputs * (M / 4))) + 3) / 4 * 4;
   parallel_for(pool, outputs, grain, [&](int64_t first, int64_t last) { kernels->multiply_half(p, first, last); });
   return ffi::Error::Success();
 }
@@ -279,7 +286,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_matmul_bf16, realm::multiply_half,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_rms_norm, realm::normalize,

@@ -19,7 +19,10 @@ inline void multiply_half_rows(const HalfProduct& p, int64_t row, int64_t output
   for (int64_t i = 0; i < pairs; i += LANES) {
     I weights[P];
 #pragma GCC unroll 8
-    for (int o = 0; o < P; o++) weights[o] = Vector::load_int(w + o * pairs + i);
+    for (int o = 0; o < P; o++) {
+      __builtin_prefetch(w + (P + o) * pairs + i, 0, 2);  // the next outputs'
+      weights[o] = Vector::load_int(w + o * pairs + i);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       I inputs = Vector::load_int(x + r * pairs + i);
