@@ -46,7 +46,7 @@ class Buckets:
         pools = []
         for capacity in (*capacities, top):
             slots = max(min(config.max_num_seqs, config.max_num_seqs * 1024 // capacity), MIN_ROWS)
-            steps = (least_rows, 4, 8, 16) if not pools else (least_rows, 16)
+            steps = (least_rows, 4, 8, 16) if not pools else (least_rows,)
             fewer = sorted({r for r in steps if r < slots})
             smaller = (t for t in ((1, 4) if not pools else (1,)) if t < most)
             if config.deterministic:

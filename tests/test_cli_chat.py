@@ -137,12 +137,12 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: object) -> Iterator[Terminal]:
+def terminal(*arguments: object, **variables: str) -> Iterator[Terminal]:
     end, other = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", ON_A_TERMINAL, *map(str, arguments)],
         cwd=ROOT,
-        env=environment({"TERM": "xterm", "COLUMNS": "100"}),
+        env=environment({"TERM": "xterm", "COLUMNS": "100", **variables}),
         stdin=other,
         stdout=other,
         stderr=other,
@@ -182,7 +182,8 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_the_conversation_goes_on(talk
 
 @pytest.mark.slow
 def test_a_terminal_shows_progress_and_keeps_only_the_answer(talkative: Path):
-    with terminal("generate", "-m", talkative, "hi", "-n", 8, "--temperature", 0) as screen:
+    anew = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # nothing that ran before is found
+    with terminal("generate", "-m", talkative, "hi", "-n", 8, "--temperature", 0, **anew) as screen:
         assert screen.finish() == 0
         shown, lines = screen.seen, screen.screen().split("\n")
     piped = realm("generate", "-m", talkative, "hi", "-n", 8, "--temperature", 0)
