@@ -28,6 +28,8 @@ FLOORS = {
 WITHIN_A_FLOOR = {
     ("lora", "quant"),
     ("lora", "kernels"),
+    ("lora", "nodes"),
+    ("lora", "gguf"),
     ("quant", "kernels"),
     ("nodes", "kernels"),
     ("nodes", "rope"),
