@@ -63,7 +63,7 @@ class LLM:
             self.tokenizer,
             context=self.model.context,
             config=self.engine_config,
-            least_rows=self.model.numerics.least_rows,
+            numerics=self.model.numerics,
             programs=programs,
             on_compile=on_compile,
         )

@@ -38,8 +38,8 @@ class Request:
 
     priority: a smaller one is let in first (vLLM's meaning). timeout: seconds from its arrival after which
     it ends with what it has. score_from: the first prompt token whose log-probability is wanted, where
-    `params.prompt_logprobs` asks for them. tenant, adapter: what is computed of prompts is shared only
-    where both agree.
+    `params.prompt_logprobs` asks for them. adapters: names, and what each one's change is multiplied by.
+    tenant, adapters: what is computed of prompts is shared only where both agree.
     """
 
     id: str
@@ -50,12 +50,16 @@ class Request:
     timeout: float | None = None
     score_from: int = 1
     tenant: str = ""
-    adapter: str | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
     arrival: float = field(default_factory=time.perf_counter)
 
     @property
-    def owner(self) -> tuple[str, str | None]:
-        return self.tenant, self.adapter
+    def owner(self) -> tuple[str, tuple[tuple[str, float], ...]]:
+        return self.tenant, self.adapters
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.adapters)
 
     @property
     def reusable(self) -> int:
@@ -124,6 +128,7 @@ class Sequence:
     slot: int | None = None
     prefilled: int = 0
     reused: int = 0  # of these, not computed for this sequence
+    bank_slots: tuple[int, ...] = ()  # of its adapters, while it has a slot
     dispatched: int = 0
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
