@@ -68,25 +68,32 @@ def refuse_tied(source: str, names: Iterable[str], base: Base) -> None:
 
 
 def _misfits(change: Change, base: Base) -> list[str]:
-    where = shown(change.source)
     shape = base.shapes.get(change.name)
     if shape is None:
-        if change.name == "output.weight":
-            return [f"{where}: the model has no output.weight, as its head is tied to the embedding"]
-        return [f"{where}: the model has no tensor {shown(change.name)}"]
+        return [f"{shown(change.source)}: {absent(change.name)}"]
+    return misfits(change.source, change.outputs, change.inputs, change.rank, shape)
+
+
+def absent(name: str) -> str:
+    """A sentence on a tensor that the base does not have."""
+    if name == "output.weight":
+        return "the model has no output.weight, as its head is tied to the embedding"
+    return f"the model has no tensor {shown(name)}"
+
+
+def misfits(source: str, outputs: int, inputs: int, rank: int, shape: tuple[int, ...]) -> list[str]:
+    """What is wrong with a pair for a matrix of this shape.
+
+    A rank above the larger side of the matrix adds nothing but memory.
+    """
+    where = shown(source)
     if len(shape) != 2:
-        return [f"{where}: {change.name} is no matrix but {list(shape)}"]
-    if (change.outputs, change.inputs) != shape:
-        made = [change.outputs, change.inputs]
-        return [f"{where}: the product is {made}, expected {list(shape)}"]
-    return rank_problem(where, change.rank, shape)
-
-
-def rank_problem(where: str, rank: int, shape: tuple[int, ...]) -> list[str]:
-    """A sentence if the rank is none; more than the larger side of a matrix adds nothing but memory."""
-    if 1 <= rank <= max(shape):
-        return []
-    return [f"{where}: rank is {rank:,}; it must be from 1 to {max(shape):,}"]
+        return [f"{where}: the tensor is no matrix but {list(shape)}"]
+    if (outputs, inputs) != shape:
+        return [f"{where}: the product is {[outputs, inputs]}, expected {list(shape)}"]
+    if not 1 <= rank <= max(shape):
+        return [f"{where}: rank is {rank:,}; it must be from 1 to {max(shape):,}"]
+    return []
 
 
 def check_finite(source: str, arrays: Mapping[str, np.ndarray]) -> None:
