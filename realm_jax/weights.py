@@ -91,14 +91,17 @@ def _stored(file: GGUFFile, part: Part) -> Stored:
 
 def _bias(file: GGUFFile, parts: tuple[Part, ...]) -> np.ndarray | None:
     """The parts' biases one after another, zeros for those that have none; None where no part has one."""
-    names = [part.name + ".bias" for part in parts]
-    if not any(name in file.tensors for name in names):
+    if not _is_biased(file, parts):
         return None
     vectors = [
         _vector(file, name) if name in file.tensors else np.zeros(part.shape[-2], np.float32)
-        for name, part in zip(names, parts, strict=True)
+        for name, part in ((part.name + ".bias", part) for part in parts)
     ]
     return np.concatenate(vectors)
+
+
+def _is_biased(file: GGUFFile, parts: tuple[Part, ...]) -> bool:
+    return any(part.name + ".bias" in file.tensors for part in parts)
 
 
 def _ropes(file: GGUFFile, config: ModelConfig, context: int, numerics: Numerics) -> dict[str, Rotary]:
@@ -156,7 +159,7 @@ def planned_bytes(file: GGUFFile, config: ModelConfig, numerics: Numerics) -> in
 def _planned(file: GGUFFile, p: Parameter, numerics: Numerics) -> int:
     if p.is_vector:
         return 4 * prod(p.parts[0].shape)
-    biases = sum(part.shape[-2] for part in p.parts if _bias(file, p.parts) is not None)
+    biases = sum(part.shape[-2] for part in p.parts) if _is_biased(file, p.parts) else 0
     parts = [_stored(file, part) for part in p.parts]
     return 4 * biases + projections.planned_bytes(parts, _numerics_of(p, numerics))
 
