@@ -1,20 +1,21 @@
 """The engine: schedule -> run -> commit, the one generation loop."""
 
+import contextlib
 import functools
 import heapq
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from realm_jax.banks import check_adapter, empty_bank
+from realm_jax.banks import Bank, check_adapter, empty_bank
 from realm_jax.buckets import Buckets
 from realm_jax.config import MAX_LORAS_PER_REQUEST, EngineConfig, Numerics
 from realm_jax.decoding import StepOutput, Strategy
-from realm_jax.errors import RequestError
+from realm_jax.errors import CapacityError, RequestError
 from realm_jax.lora import Adapter
 from realm_jax.model import Transformer
 from realm_jax.programs import Programs
@@ -106,7 +107,7 @@ class Engine:
         if request.id in self._transcripts:
             raise RequestError(f"request id {request.id!r} is in use; choose another")
         self._check_token_ids(request)
-        self._check_adapters(request)
+        self._check_adapters(request.adapters)
         sequences = self.scheduler.add(request)
         self._transcripts[request.id] = [Transcript(sequence, self._tokenizer) for sequence in sequences]
         if request.timeout is not None:
@@ -164,6 +165,26 @@ class Engine:
         self.scheduler.adapters.forget(name)
         self.scheduler.slots.forget_adapter(name)
         del self._adapters[name]
+
+    @contextlib.contextmanager
+    def standing(
+        self, adapters: tuple[tuple[str, float], ...]
+    ) -> Iterator[tuple[Bank, list[tuple[int, float]]]]:
+        """The bank, in which these adapters stand while the context is open, and where.
+
+        Raises CapacityError if running sequences use all of its slots.
+        """
+        self._check_adapters(adapters)
+        names, slots = [name for name, _ in adapters], self.scheduler.adapters
+        if not slots.acquire(names):
+            raise CapacityError(f"{self._max_loras} adapters are in use; max_loras allows no more at once")
+        try:
+            while (load := slots.next_load()) is not None:
+                self._runner.load_adapter(load.slot, self._adapters[load.name])
+            found = [(slots.index_of(name) or 0, scale) for name, scale in adapters]
+            yield self._runner.bank_for(len(found)), found
+        finally:
+            slots.release(names)
 
     @property
     def adapters(self) -> list[str]:
@@ -277,11 +298,11 @@ class Engine:
     def _loaded(self) -> str:
         return f"loaded: {', '.join(self.adapters)}" if self._adapters else "none is loaded"
 
-    def _check_adapters(self, request: Request) -> None:
+    def _check_adapters(self, adapters: tuple[tuple[str, float], ...]) -> None:
         most = min(MAX_LORAS_PER_REQUEST, self._max_loras)
-        if (count := len(request.adapters)) > most:
-            raise RequestError(f"a request names {count} adapters; {most} is the most")
-        for name, scale in request.adapters:
+        if len(adapters) > most:
+            raise RequestError(f"a request names {len(adapters)} adapters; {most} is the most")
+        for name, scale in adapters:
             if name not in self._adapters:
                 raise RequestError(f"adapter {name!r} is not loaded; {self._loaded()}")
             if not math.isfinite(scale):

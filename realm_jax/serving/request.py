@@ -1,11 +1,13 @@
 """A request, its life as sequences, and what comes out. Plain Python: no JAX."""
 
 import time
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypedDict
 
 from realm_jax.config import TILE
+from realm_jax.errors import RequestError
 from realm_jax.params import SamplingParams
 
 
@@ -66,6 +68,29 @@ class Request:
         """Leading prompt tokens that need not be computed if they were before: what follows is needed."""
         last = len(self.prompt_ids) - 1
         return last if self.params.prompt_logprobs is None else min(last, max(self.score_from - 1, 0))
+
+
+Adapters = str | Rows[tuple[str, float]] | None
+"""What a caller says of adapters: none, one by name, or several with what each is multiplied by."""
+
+
+def chosen_adapters(given: Adapters) -> tuple[tuple[str, float], ...]:
+    """As a request has them. Raises RequestError for anything else."""
+    if given is None:
+        return ()
+    if isinstance(given, str):
+        return ((given, 1.0),)
+    if isinstance(given, Rows) and all(is_scaled_adapter(each) for each in given):
+        return tuple((name, float(scale)) for name, scale in given)
+    raise RequestError(f"lora is {given!r}; it must be an adapter's name, or a list of names and scales")
+
+
+def is_scaled_adapter(each: object) -> bool:
+    """Whether this is a name and a scale."""
+    if not isinstance(each, tuple | list) or len(each) != 2:
+        return False
+    name, scale = each
+    return isinstance(name, str) and isinstance(scale, int | float) and not isinstance(scale, bool)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,10 @@ class Runner:
         for rows in pool.rows:
             self._step(i, np.zeros(rows, np.bool_), width)
 
+    def bank_for(self, adapters: int) -> Bank:
+        """The bank for rows with so many adapters."""
+        return self._bank(self._buckets.width_for(adapters))
+
     def _width(self, sequences: Iterable[Sequence]) -> int:
         return self._buckets.width_for(max((len(s.request.adapters) for s in sequences), default=0))
 
