@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
-from realm_jax import gguf
+from realm_jax import gguf, lora
 from realm_jax.architectures import read_config
+from realm_jax.errors import ModelFileError, UnsupportedError
 from realm_jax.lora import Adapter, Base
 from realm_jax.lora.fold import fold
 
@@ -29,6 +31,14 @@ def write_adapter(folder: Path, tensors: Arrays, **config: object) -> Path:
     defaults = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets(tensors)}
     (folder / "adapter_config.json").write_text(json.dumps(defaults | config))
     return folder
+
+
+def error_of(path: Path, base: Base) -> str:
+    """The one line that reading ends in."""
+    with pytest.raises((ModelFileError, UnsupportedError)) as caught:
+        lora.read(path, base)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 3000
+    return str(caught.value)
 
 
 def targets(tensors: Arrays) -> list[str]:
