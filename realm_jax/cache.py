@@ -1,4 +1,4 @@
-"""Per-layer decode state. Every leaf leads with the slot axis; only lengths say what is valid.
+"""Per-layer decode state. Every leaf leads with slots, heads, positions; only lengths say what is valid.
 
 S slots, C capacity, K kv heads, H head dim, B rows, T new tokens, N query heads.
 """

@@ -173,14 +173,14 @@ def write_cache_int8(
 
 
 def add_low_rank(
-    y: Float[Array, "*lead O"],
+    y: Float[Array, "B *lead O"],
     x: Float[Array, "B *lead I"],
     bank: UInt16[Array, "L N"],
     ranks: Int[Array, "L projections"],
     index: Int[Array, "B A"],
     scale: Float[Array, "B A"],
     form: LowRankForm,
-) -> Float[Array, "*lead O"]:
+) -> Float[Array, "B *lead O"]:
     """y and what `kernels.low_rank` adds to it, of factors in bf16 pairs; x and `x @ a` are rounded to bf16.
 
     A pair of `a` is two neighbouring inputs, one of `b` two ranks; ranks: those of each slot and projection,
