@@ -128,6 +128,14 @@ def test_every_tensor_is_folded_or_kept(
         assert {each for name, each in types.items() if "norm" not in name} == {kind.upper()}
 
 
+def test_routers_are_not_quantized(fixtures: Path, tmp_path: Path):
+    with gguf.open(fixtures / "arch" / "llama-moe" / "model.gguf") as file:
+        Merge(file, [], "q4_0").write(tmp_path / "merged.gguf")
+    with gguf.open(tmp_path / "merged.gguf") as made:
+        types = {info.name.split(".", 2)[-1]: info.ggml_type.name for info in made.tensors.values()}
+    assert (types["ffn_gate_inp.weight"], types["ffn_gate_exps.weight"]) == ("F16", "Q4_0")
+
+
 def test_metadata_is_kept_byte_for_byte(model: Path, tmp_path: Path):
     before = writer.raw_metadata(model)
     for kind in (None, "q8_0"):

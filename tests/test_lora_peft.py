@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
-from peft_files import base_of, change, hf_rows, pair, product, write_adapter
+from peft_files import ROOT, base_of, change, hf_rows, pair, product, write_adapter
+from safetensors.numpy import load_file
 from tiny import write_model
 
 from realm_jax import lora
 from realm_jax.errors import ModelFileError, UnsupportedError
 from realm_jax.lora import Base
+from realm_jax.lora.export import write_peft
 from realm_jax.lora.fold import fold
 
 LAYER = "model.layers.0."
@@ -121,6 +124,19 @@ def test_norms_of_gemma_are_stored_with_one_added(gemma3: Base, tmp_path: Path):
     adapter = lora.read(saved, gemma3)
     assert len(adapter.replaced) == 7
     np.testing.assert_array_equal(adapter.replaced["blk.0.post_attention_norm.weight"], weight + 1)
+    write_peft(adapter, gemma3, tmp_path / "back")
+    again = load_file(tmp_path / "back" / "adapter_model.safetensors")
+    name = f"{ROOT}{LAYER}post_attention_layernorm.weight"
+    np.testing.assert_allclose(again[name], weight, atol=1e-7)
+
+
+def test_values_of_sixteen_bits(base: Base, tmp_path: Path):
+    tensors = pair(Q, 64, 64)
+    for number, dtype in enumerate((np.float16, ml_dtypes.bfloat16)):
+        rounded = {name: values.astype(dtype) for name, values in tensors.items()}
+        adapter = lora.read(write_adapter(tmp_path / str(number), rounded), base)
+        wanted = product(rounded, Q)[np.argsort(hf_rows(64, 4))]
+        np.testing.assert_allclose(change(adapter, "blk.0.attn_q.weight", base), wanted, atol=1e-4)
 
 
 def test_text_models_inside_others_have_a_prefix(gemma3: Base, tmp_path: Path):
