@@ -189,8 +189,14 @@ def test_the_commands(model: Path, tmp_path: Path):
         assert (facts["format"], facts["ranks"], facts["scales"]) == (form, {"4": 1}, [2.0])
         assert facts["tensors"] == {Q: 4} and facts["folded_only"] is False
     assert "rank          4 (1)" in realm("lora", "inspect", made).out
-    nowhere = tmp_path / "no" / "folder.gguf"
-    assert "cannot be written" in realm("lora", "convert", peft, nowhere, "-m", model).error
+    (tmp_path / "full" / "adapter_model.safetensors").mkdir(parents=True)
+    for source, target in (
+        (peft, tmp_path / "no" / "folder.gguf"),
+        (made, peft / "file"),
+        (made, tmp_path / "full"),
+    ):
+        (peft / "file").touch()
+        assert "cannot be written" in realm("lora", "convert", source, target, "-m", model).error
 
 
 def test_wrong_usage_of_merge(model: Path, tmp_path: Path):

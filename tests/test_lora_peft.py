@@ -75,6 +75,17 @@ def test_modules_in_parts_become_blocks_of_a_fused_base(phi3: Base, tmp_path: Pa
     assert not change(adapter, "blk.0.ffn_up.weight", phi3)[:96].any()
 
 
+def test_part_of_a_fused_tensor_cannot_have_lengths_of_its_own(phi3: Base, tmp_path: Path):
+    lengths = {Q: 64, K: 32, V: 32}
+    dora = {f"{m}.lora_magnitude_vector": np.full(n, n, np.float32) for m, n in lengths.items()}
+    tensors = {k: v for m, n in lengths.items() for k, v in pair(m, n, 64).items()} | dora
+    adapter = lora.read(write_adapter(tmp_path / "all", tensors, use_dora=True), phi3)
+    assert set(adapter.magnitudes["blk.0.attn_qkv.weight"]) == {64, 32}
+    fewer = {name: values for name, values in tensors.items() if V not in name}
+    with pytest.raises(UnsupportedError, match=r"rows than all of blk\.0\.attn_qkv\.weight"):
+        lora.read(write_adapter(tmp_path / "some", fewer, use_dora=True), phi3)
+
+
 def test_an_embedding_and_a_head(base: Base, tmp_path: Path):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((4, 320), np.float32), rng.standard_normal((64, 4), np.float32)
