@@ -163,9 +163,9 @@ def _row(bank: Bank, adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
         ranks[form.column] = max((delta.rank for delta in deltas if delta is not None), default=0)
         if not ranks[form.column]:
             continue
-        for start, factor in zip((form.start, form.start_b), _factors(form, deltas), strict=True):
-            kept = _in_pairs(factor) if is_native else factor
-            numbers[start : start + factor.size] = kept.reshape(-1)
+        a, b = _factors(form, deltas)
+        numbers[form.start : form.start_b] = (in_vectors(a) if is_native else a).reshape(-1)
+        numbers[form.start_b : form.stop] = (in_vectors(b) if is_native else b).reshape(-1)
     assert bank.factors is not None
     if is_native:
         return numbers.astype(ml_dtypes.bfloat16).view(np.uint16), ranks
@@ -185,9 +185,10 @@ def _factors(form: LowRankForm, deltas: list[LowRank | None]) -> tuple[np.ndarra
     return a.reshape(form.inputs, -1), b
 
 
-def _in_pairs(factor: Float[np.ndarray, "I O"]) -> Float[np.ndarray, "pairs O 2"]:
-    """Two rows side by side."""
-    return factor.reshape(factor.shape[0] // 2, 2, -1).swapaxes(1, 2)
+def in_vectors(factor: Float[np.ndarray, "I O"]) -> Float[np.ndarray, "O/16 I/2 16 2"]:
+    """As the C++ kernel reads it: of 16 outputs after another, two inputs side by side."""
+    inputs, outputs = factor.shape
+    return factor.reshape(inputs // 2, 2, outputs // LANES, LANES).transpose(2, 0, 3, 1)
 
 
 def _wrapped(tree: Params, path: tuple[str, ...], wrap: Any) -> Params:

@@ -1,6 +1,7 @@
 // Every kernel of every instruction set of this machine, on random shapes and buffers of exactly their sizes;
 // built with sanitizers. Results must depend neither on what memory held before nor on how work is divided.
 // Usage: native_sanitized CASES SEED
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -246,11 +247,12 @@ static bool low_rank(const Kernels& kernels) {
   const int64_t M = rows * p.tokens;
   Buffer<float> x(M * p.inputs), y(M * p.width), scale(rows * p.adapters);
   Buffer<uint16_t> bank(p.slots * p.stride);
-  Buffer<int32_t> ranks(p.slots * p.projections), index(rows * p.adapters);
+  Buffer<int32_t> ranks(p.slots * p.projections), index(rows * p.adapters), order(M);
   x.fill(number), scale.fill(number), bank.fill(bf16);
   ranks.fill([&] { return static_cast<int32_t>(from(-1, p.rank + 1)); });
   index.fill([&] { return static_cast<int32_t>(from(-1, p.slots)); });
-  p.x = x.data, p.y = y.data, p.bank = bank.data, p.ranks = ranks.data, p.index = index.data, p.scale = scale.data;
+  std::iota(order.data, order.data + M, 0), std::shuffle(order.data, order.data + M, generator);
+  p.order = order.data, p.x = x.data, p.y = y.data, p.bank = bank.data, p.ranks = ranks.data, p.index = index.data, p.scale = scale.data;
   return same(y, [&](auto divide) {
     y.fill([] { return 0.5f; });
     divide(M, [&](int64_t first, int64_t last) { kernels.add_low_rank(p, first, last); });

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import instruction_sets, using
 
+from realm_jax.banks import in_vectors
 from realm_jax.kernels import native
 from realm_jax.kernels.low_rank import LowRankForm, low_rank
 from realm_jax.kernels.native import calls
@@ -56,12 +57,12 @@ def expected(x: np.ndarray, bank: np.ndarray, index: np.ndarray, scale: np.ndarr
     return y
 
 
-def in_pairs(bank: np.ndarray, form: LowRankForm) -> np.ndarray:
-    kept = bank.copy()
-    a, b = (each.reshape(len(bank), each.shape[1], -1) for each in factors(bank, form))
-    for factor, where in ((a, slice(form.start, form.start_b)), (b, slice(form.start_b, form.stop))):
-        pairs = factor.reshape(len(bank), factor.shape[1] // 2, 2, -1).swapaxes(2, 3)
-        kept[:, where] = pairs.reshape(len(bank), -1)
+def packed(bank: np.ndarray, form: LowRankForm) -> np.ndarray:
+    """The bank as the kernel reads it."""
+    kept = np.zeros_like(bank)
+    for slot, a, b in zip(kept, *factors(bank, form), strict=True):
+        slot[form.start : form.start_b] = in_vectors(a.reshape(form.inputs, -1)).reshape(-1)
+        slot[form.start_b : form.stop] = in_vectors(b).reshape(-1)
     return kept.astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
@@ -85,14 +86,14 @@ class TestNative:
         wanted = expected(x, bank, index, scale, form)
         for name in instruction_sets():
             with using(name):
-                found = self.added(base, x, in_pairs(bank, form), ranks, index, scale, form) - base
+                found = self.added(base, x, packed(bank, form), ranks, index, scale, form) - base
             # x and x @ a are rounded to bf16
             np.testing.assert_allclose(found, wanted, atol=2.0**-7 * np.abs(wanted).max() + 1e-6)
 
     @pytest.mark.parametrize("form", FORMS)
     def test_a_row_is_the_same_beside_any_others(self, form: LowRankForm):
         x, bank, ranks, index, scale = case(form, 9, seed=3)
-        pairs, base = in_pairs(bank, form), np.ones((5, 9, sum(form.outputs)), np.float32)
+        pairs, base = packed(bank, form), np.ones((5, 9, sum(form.outputs)), np.float32)
         together = self.added(base, x, pairs, ranks, index, scale, form)
         assert (together[0] == 1).all()  # no adapter: untouched
         for row in range(5):

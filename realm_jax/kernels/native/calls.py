@@ -218,10 +218,10 @@ def add_low_rank(
     scale: Float[Array, "B A"],
     form: LowRankForm,
 ) -> Float[Array, "B *lead O"]:
-    """y and what `kernels.low_rank` adds to it, of factors in bf16 pairs; x and `x @ a` are rounded to bf16.
+    """y and what `kernels.low_rank` adds to it; x and `x @ a` are rounded to bf16.
 
-    A pair of `a` is two neighbouring inputs, one of `b` two ranks; ranks: those of each slot and projection,
-    beyond which its factors are zeros and not read.
+    bank: bf16, each factor in vectors of pairs (`banks.in_vectors`). ranks: those of each slot and
+    projection; what lies beyond is zeros and not read.
     """
     rows = y.reshape(-1, y.shape[-1])
     result = jax.ShapeDtypeStruct(rows.shape, jnp.float32)

@@ -4,6 +4,22 @@
 namespace realm {
 namespace {
 
+// All tokens of rows that name an adapter, those of rows with the same ones together; returns how many.
+int64_t order_tokens(const LowRank& p, int64_t rows, int32_t* order) {
+  int64_t count = 0;
+  for (int64_t row = 0; row < rows; row++) {
+    const int32_t* mine = p.index + row * p.adapters;
+    if (std::any_of(mine, mine + p.adapters, [](int32_t slot) { return slot > 0; })) order[count++] = static_cast<int32_t>(row);
+  }
+  std::stable_sort(order, order + count, [&](int32_t a, int32_t b) {
+    const int32_t *left = p.index + a * p.adapters, *right = p.index + b * p.adapters;
+    return std::lexicographical_compare(left, left + p.adapters, right, right + p.adapters);
+  });
+  for (int64_t i = count * p.tokens - 1; i >= 0; i--)  // from the end: rows become their tokens in place
+    order[i] = static_cast<int32_t>(order[i / p.tokens] * p.tokens + i % p.tokens);
+  return count * p.tokens;
+}
+
 ffi::Error add(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U16> bank,
                ffi::Buffer<ffi::S32> ranks, ffi::Buffer<ffi::S32> index, ffi::Buffer<ffi::F32> scale,
                ffi::ResultBuffer<ffi::F32> result, ffi::Span<const int64_t> outputs, int64_t rank, int64_t start, int64_t column) {
@@ -11,7 +27,7 @@ ffi::Error add(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y, ffi::Buffer<ffi::F
   if (inputs.size() != 2 || width.size() != 2 || slots.size() != 2 || rows.size() != 2 || kept.size() != 2)
     return invalid("realm_low_rank: x, y, bank, ranks and index must be matrices");
   const int64_t M = inputs[0];
-  LowRank p{x.typed_data(), result->typed_data(), bank.typed_data(), ranks.typed_data(), index.typed_data(), scale.typed_data(), outputs.begin()};
+  LowRank p{x.typed_data(), result->typed_data(), bank.typed_data(), ranks.typed_data(), index.typed_data(), scale.typed_data(), outputs.begin(), nullptr};
   p.inputs = inputs[1], p.width = width[1], p.parts = static_cast<int64_t>(outputs.size()), p.rank = rank, p.start = start;
   p.stride = slots[1], p.slots = slots[0], p.projections = kept[1], p.projection = column, p.adapters = rows[1];
   int64_t total = 0;
@@ -24,9 +40,13 @@ ffi::Error add(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y, ffi::Buffer<ffi::F
       start % 2 != 0 || start + rank * (p.inputs * p.parts + p.columns) > p.stride || p.stride % 2 != 0)
     return invalid("realm_low_rank: the factors do not fit the bank");
   p.tokens = M / rows[0];
-  const int64_t grain = (M + 4 * pool.num_threads() - 1) / (4 * std::max<int64_t>(pool.num_threads(), 1));
-  const bool has_any = std::any_of(p.index, p.index + rows[0] * rows[1], [](int32_t slot) { return slot > 0; });
-  if (has_any) parallel_for(pool, M, (grain + 3) / 4 * 4 > p.tokens ? grain : (grain + 3) / 4 * 4, [&](int64_t first, int64_t last) { kernels->add_low_rank(p, first, last); });
+  auto* order = static_cast<int32_t*>(shared_scratch(static_cast<size_t>(M) * 4));
+  p.order = order;
+  const int64_t named = order_tokens(p, rows[0], order);
+  if (named == 0) return ffi::Error::Success();
+  const int64_t most = std::max<int64_t>(4 * pool.num_threads(), 1);
+  const int64_t grain = ((named + most - 1) / most + 3) / 4 * 4;  // whole fours, which are computed together
+  parallel_for(pool, named, grain, [&](int64_t first, int64_t last) { kernels->add_low_rank(p, first, last); });
   return ffi::Error::Success();
 }
 

@@ -107,7 +107,7 @@ struct CacheWrite {
 };
 
 // What each row's adapters add to a projection of several parts, as kernels/low_rank.py describes; the bank in
-// bf16 pairs: a as [I / 2, parts, rank] of two inputs, b as [rank / 2, columns] of two ranks.
+// bf16 pairs, see low_rank.inl.
 struct LowRank {
   const float* x;         // [M, I], `tokens` to a row
   float* y;               // [M, width]
@@ -116,6 +116,7 @@ struct LowRank {
   const int32_t* index;   // [rows, adapters] slots; 0 or past the last: none
   const float* scale;     // [rows, adapters]
   const int64_t* outputs;  // [parts]
+  const int32_t* order;   // [M] tokens; those with the same adapters stand together
   int64_t inputs, width, parts, rank, start, columns, stride, slots, projections, projection, adapters, tokens;
 };
 
