@@ -98,7 +98,7 @@ class LLM:
 
     def adapter_digests(self) -> dict[str, Any]:
         """What tells this model's adapters from others: those that are folded in, and those by name."""
-        named = {name: adapter.digest() for name, adapter in self.engine.adapters.items()}
+        named = {name: adapter.digest() for name, adapter in self.engine.adapters.named.items()}
         return {"folded": [[adapter.digest(), scale] for adapter, scale in self.model.folded], "named": named}
 
     def unload_adapter(self, name: str) -> None:
@@ -168,7 +168,7 @@ class LLM:
         vocab = self.model.config.vocab_size
         if (wrong := next((i for i in ids if not 0 <= i < vocab), None)) is not None:
             raise RequestError(f"token_ids has token id {wrong}; the vocabulary has {vocab:,}")
-        with self.engine.standing(chosen_adapters(lora)) as (bank, adapters):
+        with self.engine.adapters.standing(chosen_adapters(lora)) as (bank, adapters):
             return scoring.logits(
                 self.transformer, self.model.params, ids, self.model.numerics, bank, adapters
             )

@@ -20,7 +20,7 @@ FLOORS = {
     2: {"model", "layers", "weights", "banks", "projections", "architectures"},
     3: {"loading", "decoding", "inspection", "scoring"}
     | {f"serving.{name}" for name in ("scheduler", "slots", "adapters", "request", "tenants", "transcript")},
-    4: {f"serving.{name}" for name in ("engine", "runner", "packing")},
+    4: {f"serving.{name}" for name in ("engine", "registry", "runner", "packing")},
     5: {"llm", "perplexity", "research", "training", "evaluation", "benchmark"}
     | {f"serving.{name}" for name in ("server", "batch", "bodies", "keys", "metrics")},
     6: {"cli", "__main__"},
@@ -49,6 +49,8 @@ WITHIN_A_FLOOR = {
     ("serving.scheduler", "serving.adapters"),
     ("serving.slots", "serving.request"),
     ("serving.engine", "serving.runner"),
+    ("serving.engine", "serving.registry"),
+    ("serving.registry", "serving.runner"),
     ("serving.engine", "serving.packing"),
     ("serving.runner", "serving.packing"),
     ("perplexity", "llm"),

@@ -11,7 +11,7 @@ from conftest import count_compilations
 from tiny import VOCAB, write_model
 
 from realm_jax import LLM, SamplingParams
-from realm_jax.errors import RequestError, UnsupportedError
+from realm_jax.errors import ModelFileError, RequestError, UnsupportedError
 from realm_jax.kernels import native
 from realm_jax.lora import Adapter, LowRank
 from realm_jax.lora.export import write_gguf
@@ -37,6 +37,12 @@ def random_adapter(llm: LLM, seed: int, rank: int, gain: float = 0.2) -> Adapter
         if name.startswith("blk") and len(shape) == 2 and rng.random() < 0.8
     }
     return Adapter(f"adapter-{seed}", deltas)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that compiles quickly: there are many programs."""
+    return write_model(tmp_path_factory.mktemp("small") / "small.gguf", layers=1)
 
 
 def prompts(count: int, longest: int = 150) -> list[list[int]]:
@@ -95,9 +101,9 @@ def test_applied_is_folded_on_any_type(tmp_path: Path, kind: gguf_py.GGMLQuantiz
 
 @pytest.mark.slow
 @pytest.mark.parametrize("numerics", NUMERICS)
-def test_a_row_is_the_same_beside_any_adapters(tiny_model: Path, numerics: dict[str, Any]):
+def test_a_row_is_the_same_beside_any_adapters(small_model: Path, numerics: dict[str, Any]):
     """16 requests over 5 adapters, mixtures of them, and none: together, shuffled, and alone."""
-    llm = LLM(tiny_model, ctx_size=256, **numerics)
+    llm = LLM(small_model, ctx_size=256, max_num_seqs=8, max_num_batched_tokens=256, **numerics)
     for i, rank in enumerate((3, 8, 16, 5, 12)):
         llm.engine.load_adapter(str(i), random_adapter(llm, i, rank))
     ids, brief = prompts(16), replace(GREEDY, max_tokens=20)
@@ -113,8 +119,10 @@ def test_a_row_is_the_same_beside_any_adapters(tiny_model: Path, numerics: dict[
 
 
 @pytest.mark.slow
-def test_a_row_says_what_the_folded_model_says(tiny_model: Path, tmp_path: Path):
-    llm = LLM(tiny_model, ctx_size=256, dtype="float32", max_loras=2)  # fewer than there are adapters
+def test_a_row_says_what_the_folded_model_says(small_model: Path, tmp_path: Path):
+    llm = LLM(
+        small_model, ctx_size=256, max_num_seqs=8, dtype="float32", max_loras=2
+    )  # fewer than there are adapters
     ids, files = prompts(16), {}
     for i in range(5):
         files[str(i)] = tmp_path / f"{i}.gguf"
@@ -123,13 +131,20 @@ def test_a_row_says_what_the_folded_model_says(tiny_model: Path, tmp_path: Path)
     named = [None if i % 6 == 5 else str(i % 6) for i in range(16)]
     together = [output.token_ids for output in llm.generate(ids, GREEDY, lora=named)]
     for name in {*named}:
-        folded = LLM(tiny_model, ctx_size=256, dtype="float32", fold=[] if name is None else [files[name]])
+        folded = LLM(
+            small_model,
+            ctx_size=256,
+            max_num_seqs=8,
+            dtype="float32",
+            fold=[] if name is None else [files[name]],
+        )
         mine = [i for i in range(16) if named[i] == name]
         alone = [output.token_ids for output in folded.generate([ids[i] for i in mine], GREEDY)]
         assert [together[i] for i in mine] == alone
 
 
-def test_adapters_come_and_go_while_others_run(tiny_model: Path):
+def test_adapters_come_and_go_while_others_run(tiny_model: Path, tmp_path: Path):
+    broken = tmp_path / "broken.gguf"
     llm = LLM(tiny_model, ctx_size=128, max_num_seqs=4, max_loras=2, max_lora_rank=16)
     first, second = random_adapter(llm, 1, 8), random_adapter(llm, 2, 16)
     llm.engine.load_adapter("first", first)
@@ -146,6 +161,9 @@ def test_adapters_come_and_go_while_others_run(tiny_model: Path):
             if step == 9:
                 with pytest.raises(RequestError, match="'first' is used by 2 requests"):
                     llm.unload_adapter("first")
+                broken.write_bytes(b"GGUF but no more")
+                with pytest.raises(ModelFileError, match="broken"):
+                    llm.load_adapter("third", broken)
             found += [d.output for d in llm.engine.step() if d.output is not None]
     assert not compiled
     assert said(next(output for output in found if output.request_id == "r")) == wanted

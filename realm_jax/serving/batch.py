@@ -130,7 +130,7 @@ class BatchJob:
         if seed is None:
             digest = hashlib.sha256(f"{self._seed}\n{custom_id}".encode()).digest()
             seed = int.from_bytes(digest[:7], "big")
-        ids, adapters = tuple(task.prompt_ids(self._llm)), task.adapters(self._llm.engine.adapters)
+        ids, adapters = tuple(task.prompt_ids(self._llm)), task.adapters(self._llm.engine.adapters.named)
         return Request(custom_id, ids, task.params, seed, adapters=adapters)
 
     def _start(self, resume: bool, retry_errors: bool) -> set[str]:
