@@ -10,7 +10,19 @@ from typing import Any, NoReturn
 import typer
 
 from realm_jax import __version__
-from realm_jax.cli import batch, bench, chat, doctor, generate, inspect, models, perplexity, score, tokenize
+from realm_jax.cli import (
+    batch,
+    bench,
+    chat,
+    doctor,
+    generate,
+    inspect,
+    lora,
+    models,
+    perplexity,
+    score,
+    tokenize,
+)
 from realm_jax.cli import eval as evaluation
 from realm_jax.cli.flags import Run, command
 from realm_jax.errors import RealmError, RequestError
@@ -36,6 +48,7 @@ app.command("bench")(command(bench.bench))
 app.command("inspect")(command(inspect.inspect))
 app.command("doctor")(command(doctor.doctor))
 app.add_typer(models.app, name="models")
+app.add_typer(lora.app, name="lora")
 
 
 def _version(wanted: bool) -> bool:
