@@ -51,6 +51,10 @@ class Adapter:
         """The largest rank of a delta."""
         return max((delta.rank for delta in self.deltas.values()), default=0)
 
+    def changes(self, name: str) -> bool:
+        """Whether the tensor is another with this adapter."""
+        return name in self.deltas or name in self.replaced
+
 
 @dataclass(frozen=True)
 class Base:
