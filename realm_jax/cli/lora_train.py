@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from realm_jax.loading import LoadedModel
     from realm_jax.training import History, Progress, Trainer, TrainingConfig
 
+CHECKPOINTS = "checkpoints"  # the folder in OUT_DIR
+
 
 def _option(name: str, text: str, **settings: Any) -> typer.models.OptionInfo:
-    return typer.Option(name, help=text, **{"metavar": "N"} | settings)
+    settings.setdefault("metavar", "N")
+    return typer.Option(name, help=text, **settings)
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,14 @@ def train(
     except ImportError as error:
         raise UnsupportedError("training needs optax and orbax: pip install 'realm-jax[train]'") from error
 
-    from realm_jax.training import TrainingConfig
+    from realm_jax.training import TrainingConfig, latest_step
 
+    if not resume and latest_step(output / CHECKPOINTS) is not None:
+        raise RequestError(f"{output} holds a training (--resume continues it, or give another folder)")
     chosen = dataclasses.asdict(training)
     chosen["targets"] = tuple(name.strip() for name in training.targets.split(",") if name.strip())
     config = TrainingConfig(**chosen)
-    trainer, loaded = _prepared(data, output, model, config, drops_long=drop_long, resume=resume)
+    trainer, loaded = _prepared(data, output, model, config, drops_long=drop_long)
     report = _Report(trainer)
     try:
         trainer.run(report.show)
@@ -140,7 +145,7 @@ def train(
 
 
 def _prepared(
-    data: Path, output: Path, model: ModelFlags, config: "TrainingConfig", *, drops_long: bool, resume: bool
+    data: Path, output: Path, model: ModelFlags, config: "TrainingConfig", *, drops_long: bool
 ) -> tuple["Trainer", "LoadedModel"]:
     """The training as it begins, or where it stopped."""
     from realm_jax import hub, runtime
@@ -160,15 +165,13 @@ def _prepared(
         status.loaded()
     reader = Reader(loaded.tokenizer, loaded.template, loaded.context, drops_long)
     examples, dropped = reader.read(data)
-    checkpoints = Checkpoints(output / "checkpoints", fingerprint(loaded, data, reader, config))
-    if not resume and checkpoints.latest() is not None:
-        raise RequestError(f"{output} holds a training (--resume continues it, or give another folder)")
+    checkpoints = Checkpoints(output / CHECKPOINTS, fingerprint(loaded, data, reader, config))
     trainer = Trainer(loaded, examples, config, checkpoints)
     trainer.resume()
     lost = f" ({dropped:,} too long, left out)" if dropped else ""
     print(
-        f"training {trainer.trained_numbers:,} numbers on {len(examples):,} examples{lost}: {trainer.steps:,} "
-        f"steps, from step {trainer.history.step + 1:,}; the first of each length compiles",
+        f"training {trainer.trained_numbers:,} numbers on {len(examples):,} examples{lost}, step "
+        f"{trainer.history.step + 1:,} to {trainer.steps:,}; the first of each length compiles",
         file=sys.stderr,
     )
     return trainer, loaded
@@ -230,8 +233,9 @@ class _Report:
         if progress.evaluation is None and not is_terminal and now - self._shown < 10:
             return
         self._shown = now
-        seconds = sorted(each for each, _ in self._recent)[len(self._recent) // 2]
-        rate = sum(tokens for _, tokens in self._recent) / sum(each for each, _ in self._recent)
+        middle = len(self._recent) // 2
+        seconds = sorted(seconds for seconds, _ in self._recent)[middle]
+        rate = sorted(tokens / seconds for seconds, tokens in self._recent)[middle]
         text = (
             f"step {progress.step:,} of {progress.steps:,}: loss {progress.loss:.4f}, "
             f"{rate:,.0f} tokens/s, {seconds * (progress.steps - progress.step):,.0f} s left"

@@ -3,7 +3,7 @@
 I inputs, O outputs, R rank, P outputs of a part.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from realm_jax.nodes import Kernel
 
 
+@runtime_checkable
 class Change(Protocol):
     """What is added to the product of one GGUF tensor."""
 

@@ -9,7 +9,7 @@
 It needs optax and orbax-checkpoint: `pip install 'realm-jax[train]'`.
 """
 
-from realm_jax.training.checkpoints import Checkpoints, History
+from realm_jax.training.checkpoints import Checkpoints, History, latest_step
 from realm_jax.training.data import Example, Reader
 from realm_jax.training.results import fingerprint, write_adapter
 from realm_jax.training.settings import TrainingConfig
@@ -24,5 +24,6 @@ __all__ = [
     "Trainer",
     "TrainingConfig",
     "fingerprint",
+    "latest_step",
     "write_adapter",
 ]

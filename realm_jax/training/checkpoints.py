@@ -59,10 +59,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint; None without any."""
-        if not self._folder.is_dir():
-            return None
-        # what was being written when a process ended has a longer name
-        return max((int(f.name) for f in self._folder.iterdir() if f.name.isdecimal()), default=None)
+        return latest_step(self._folder)
 
     def save(self, saved: Saved) -> None:
         """The checkpoint is on disk, and older ones are gone."""
@@ -107,6 +104,14 @@ class Checkpoints:
                     f"the training in {self._folder.parent} began with {name} {theirs!r}, not {mine!r} "
                     "(continue it as it began, or give another folder)"
                 )
+
+
+def latest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint in a folder; None without any."""
+    if not folder.is_dir():
+        return None
+    # what was being written when a process ended has a longer name
+    return max((int(f.name) for f in folder.iterdir() if f.name.isdecimal()), default=None)
 
 
 def _tree(saved: Saved) -> dict[str, Any]:

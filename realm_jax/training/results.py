@@ -6,8 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from realm_jax import gguf
 from realm_jax.errors import RequestError
 from realm_jax.loading import LoadedModel
+from realm_jax.lora import Base
+from realm_jax.lora.export import write_gguf, write_peft
 from realm_jax.training.data import Reader
 from realm_jax.training.settings import TrainingConfig
 from realm_jax.training.trainer import Trainer
@@ -34,5 +37,20 @@ def _digest(path: Path) -> str:
 
 
 def write_adapter(trainer: Trainer, model: LoadedModel, folder: Path) -> Path:
-    """The adapter is in the folder as GGUF and as PEFT's files, and all losses as JSON; the GGUF's path."""
-    raise NotImplementedError
+    """The folder has adapter.gguf, whose path is returned, the same as peft/, and training.json.
+
+    Raises RequestError where these cannot be written.
+    """
+    history, path = trainer.history, folder / "adapter.gguf"
+    facts = {"settings": asdict(trainer.config), **asdict(history)}
+    adapter = trainer.adapter(folder.absolute().name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with gguf.open(model.path) as file:
+            base = Base.of(file, model.config)
+        write_gguf(adapter, base, path)
+        write_peft(adapter, base, folder / "peft")
+        (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise RequestError(f"{error.filename or folder}: {error.strerror}") from error
+    return path
