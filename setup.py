@@ -24,7 +24,7 @@ def native_kernels() -> list[Extension]:
     return [
         Extension(
             "realm_jax.kernels.native.library",
-            sources=[str(NATIVE / f"{name}.cpp") for name in ("ffi", "tiling", *sets)],
+            sources=[str(NATIVE / f"{name}.cpp") for name in ("ffi", "low_rank", "tiling", *sets)],
             depends=sorted(str(path) for kind in ("cpp", "h", "inl") for path in NATIVE.glob(f"*.{kind}")),
             # no contraction: a sum's bits must not depend on what the compiler fuses
             extra_compile_args=[

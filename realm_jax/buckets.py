@@ -32,9 +32,16 @@ class Buckets:
 
     pools: tuple[Pool, ...]  # by growing capacity; a sequence moves up by one copy
     max_num_seqs: int  # sequences that run at once, in all pools together
+    widths: tuple[int, ...] = (0,)  # how many adapters a row may have in a call; 0 = the model alone
 
     @classmethod
-    def plan(cls, context: int, config: EngineConfig, least_rows: int = MIN_ROWS) -> "Buckets":
+    def plan(
+        cls,
+        context: int,
+        config: EngineConfig,
+        least_rows: int = MIN_ROWS,
+        adapter_widths: tuple[int, ...] = (),
+    ) -> "Buckets":
         """Buckets for sequences of up to `context` tokens, steps of at least `least_rows` sequences.
 
         Attention reads only the blocks that its longest row has filled, so a large capacity costs memory,
@@ -52,7 +59,11 @@ class Buckets:
             if config.deterministic:
                 fewer = smaller = ()
             pools.append(Pool(capacity, slots, (*fewer, slots), (*smaller, most)))
-        return cls(pools=tuple(pools), max_num_seqs=config.max_num_seqs)
+        return cls(tuple(pools), config.max_num_seqs, (0, *adapter_widths))
+
+    def width_for(self, adapters: int) -> int:
+        """The smallest compiled number of adapters a row that covers so many."""
+        return next(width for width in self.widths if width >= adapters)
 
     @property
     def cached_tokens(self) -> int:
@@ -64,25 +75,29 @@ class Buckets:
         """Every number of tiles that some pool's call may have."""
         return tuple(sorted({tiles for pool in self.pools for tiles in pool.tiles}))
 
-    def programs(self) -> list[str]:
-        """The name of every program that an engine of these shapes may compile."""
-        names = []
+    def programs(self, rank: int = 0) -> list[str]:
+        """The name of every program that may be compiled for these shapes. rank: that of the adapters."""
+        names, widths = [], self.widths if rank else (0,)
         for i, pool in enumerate(self.pools):
-            names += [prefill_name(tiles, pool) for tiles in pool.tiles]
-            names += [decode_name(rows, pool) for rows in pool.rows]
+            names += [prefill_name(tiles, pool, width, rank) for width in widths for tiles in pool.tiles]
+            names += [decode_name(rows, pool, width, rank) for width in widths for rows in pool.rows]
             sources = (pool, self.pools[i - 1]) if i else (pool,)
             names += [copy_name(source, pool) for source in sources]
         return names + [score_name(tiles) for tiles in self.tiles]
 
 
-def prefill_name(tiles: int, pool: Pool) -> str:
-    """What a user reads of a prefill program."""
-    return f"prefill {tiles * TILE} tokens, capacity {pool.capacity}"
+def prefill_name(tiles: int, pool: Pool, width: int = 0, rank: int = 0) -> str:
+    """What a user reads of a prefill program, for rows with up to `width` adapters of a rank."""
+    return f"prefill {tiles * TILE} tokens, capacity {pool.capacity}{_adapters(width, rank)}"
 
 
-def decode_name(rows: int, pool: Pool) -> str:
-    """What a user reads of a decode program."""
-    return f"decode {rows} rows, capacity {pool.capacity}"
+def decode_name(rows: int, pool: Pool, width: int = 0, rank: int = 0) -> str:
+    """What a user reads of a decode program, for rows with up to `width` adapters of a rank."""
+    return f"decode {rows} rows, capacity {pool.capacity}{_adapters(width, rank)}"
+
+
+def _adapters(width: int, rank: int) -> str:
+    return f", {width} adapters of rank {rank}" if width else ""
 
 
 def copy_name(source: Pool, target: Pool) -> str:

@@ -81,6 +81,8 @@ class KVCache:
     the whole cache in float32, and leaves integers alone.
     """
 
+    attention: ClassVar = staticmethod(attention)
+
     k: jax.Array  # [S, K, C, H]
     v: jax.Array  # [S, K, C, H]
 
@@ -101,7 +103,7 @@ class KVCache:
     ) -> Array:
         """As `Cache.attend`."""
         how = {"scale": scale, "softcap": softcap, "window": window}
-        return attention(q, self.k, self.v, None, None, slots, positions, **how)
+        return self.attention(q, self.k, self.v, None, None, slots, positions, **how)
 
 
 @struct.dataclass
@@ -143,8 +145,10 @@ class Int8Cache:
 
 
 @struct.dataclass
-class NativeKVCache:
+class NativeKVCache(KVCache):
     """bf16 in pairs, as the C++ kernels take them; see `kernels.native.calls.attention`."""
+
+    attention: ClassVar = staticmethod(calls.attention)
 
     k: jax.Array  # [S, K, C / 64, H / 2, 64]
     v: jax.Array  # [S, K, C / 64, 32, H]
@@ -153,20 +157,6 @@ class NativeKVCache:
         """As `Cache.write`."""
         k = calls.write_cache(k, slots, positions, self.k, is_keys=True)
         return NativeKVCache(k, calls.write_cache(v, slots, positions, self.v, is_keys=False))
-
-    def attend(
-        self,
-        q: Array,
-        slots: Slots,
-        positions: Array,
-        *,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> Array:
-        """As `Cache.attend`."""
-        how = {"scale": scale, "softcap": softcap, "window": window}
-        return calls.attention(q, self.k, self.v, None, None, slots, positions, **how)
 
 
 @struct.dataclass

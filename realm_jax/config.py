@@ -18,6 +18,12 @@ two prompts that begin alike can share whole tiles."""
 MIN_ROWS = 4
 """No program computes fewer rows: XLA's CPU products are slow, and sum in another order, below this."""
 
+MAX_LORAS_PER_REQUEST = 4
+"""So many adapters a request may name: their changes add up."""
+
+MAX_LORA_RANK = 512
+"""The largest rank that a bank is made for; adapters of larger ones can be folded."""
+
 
 class Activation(StrEnum):
     """What gates the feed-forward product."""
@@ -95,6 +101,11 @@ class Numerics:
         """The fewest rows of a decode step."""
         return 1 if self.kernels == "native" else MIN_ROWS
 
+    @property
+    def adapter_widths(self) -> tuple[int, ...]:
+        """How many adapters a row may have in a call, by program; the C++ kernel skips unused places."""
+        return (MAX_LORAS_PER_REQUEST,) if self.kernels == "native" else (1, 2, MAX_LORAS_PER_REQUEST)
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -113,6 +124,8 @@ class EngineConfig:
     prefix_caching: prompts that begin as an earlier one did reuse what was computed of it.
     deterministic: on every backend the same request gives the same bits whatever runs beside it, by one
       shape for all calls; on CPU that holds without it.
+    max_loras: adapters that requests running at once may name; others wait in host memory.
+    max_lora_rank: the rank to make room for from the start; None = that of the adapters as they come.
     memory: bytes that weights and caches may take; None = no limit.
     """
 
@@ -126,6 +139,8 @@ class EngineConfig:
     max_queue: int | None = None
     prefix_caching: bool = True
     deterministic: bool = False
+    max_loras: int = 8
+    max_lora_rank: int | None = None
     threads: int | None = None
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     memory: int | None = None
@@ -170,9 +185,11 @@ _LIMITS = {
     "max_num_batched_tokens": 1 << 20,
     "max_queue": 1 << 24,
     "threads": 1 << 24,
+    "max_loras": 1 << 12,
+    "max_lora_rank": MAX_LORA_RANK,
     "memory": 1 << 60,
 }
-_REQUIRED = ("max_num_seqs", "max_num_batched_tokens")
+_REQUIRED = ("max_num_seqs", "max_num_batched_tokens", "max_loras")
 _CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "weights": ("auto", "dense", "quantized", "int8"),

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from realm_jax.banks import Bank
 from realm_jax.buckets import Pool
-from realm_jax.config import Numerics
+from realm_jax.config import MAX_LORAS_PER_REQUEST, Numerics
+from realm_jax.lora.banked import AdapterRows
 from realm_jax.model import Caches, Transformer, hidden_states, next_token_logits
 from realm_jax.sampling import TokenLogprobs, sample
 from realm_jax.sampling_rows import HostOrDevice, SamplingRows, TokenCounts
@@ -29,6 +31,7 @@ class DecodeState:
     history: jax.Array  # [S, C] the tokens that the caches hold
     lengths: jax.Array  # [S] how many these are
     tokens: jax.Array  # [S] the newest token, not yet in the cache
+    adapters: AdapterRows
     sampling: SamplingRows
 
 
@@ -41,6 +44,7 @@ class PromptTiles:
     starts: HostOrDevice  # [B] position of the first token
     lengths: HostOrDevice  # [B] tokens that are real
     is_last: HostOrDevice  # [B] whether the prompt ends here, and its first token is sampled
+    adapters: AdapterRows
     sampling: SamplingRows  # [B] of prompts that end here
 
 
@@ -55,17 +59,22 @@ class StepOutput:
 
 @runtime_checkable
 class Strategy(Protocol):
-    """How tokens come about: one at a time, or drafted and verified."""
+    """How tokens come about: one at a time, or drafted and verified.
+
+    bank: the adapters that rows may name.
+    """
 
     def empty_state(self, pool: Pool) -> DecodeState: ...
 
     def prefill(
-        self, params: Params, state: DecodeState, tiles: PromptTiles
+        self, params: Params, bank: Bank, state: DecodeState, tiles: PromptTiles
     ) -> tuple[DecodeState, StepOutput, Array]:
         """Also the hidden states [B, T, D], from which prompt tokens can be scored."""
         ...
 
-    def step(self, params: Params, state: DecodeState, active: Array) -> tuple[DecodeState, StepOutput]: ...
+    def step(
+        self, params: Params, bank: Bank, state: DecodeState, active: Array
+    ) -> tuple[DecodeState, StepOutput]: ...
 
 
 @dataclass(frozen=True)
@@ -81,14 +90,19 @@ class Autoregressive:
             history=jnp.zeros((pool.slots, pool.capacity), jnp.int32),
             lengths=jnp.zeros(pool.slots, jnp.int32),
             tokens=jnp.zeros(pool.slots, jnp.int32),
+            adapters=AdapterRows(
+                jnp.zeros((pool.slots, MAX_LORAS_PER_REQUEST), jnp.int32),
+                jnp.zeros((pool.slots, MAX_LORAS_PER_REQUEST), jnp.float32),
+            ),
             sampling=jax.tree.map(jnp.asarray, SamplingRows.greedy(pool.slots, self.model.config.vocab_size)),
         )
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
     def prefill(
-        self, params: Params, state: DecodeState, tiles: PromptTiles
+        self, params: Params, bank: Bank, state: DecodeState, tiles: PromptTiles
     ) -> tuple[DecodeState, StepOutput, Float[Array, "B T D"]]:
         """The tiles stand in their slots' caches; a prompt that ends has its first token."""
+        params = bank.adapt(params, tiles.adapters)
         slots, is_last = tiles.slots, tiles.is_last
         S, capacity = state.history.shape
         at = tiles.starts[:, None] + jnp.arange(tiles.tokens.shape[1], dtype=jnp.int32)[None]
@@ -98,14 +112,17 @@ class Autoregressive:
         ends = tiles.starts + tiles.lengths
         token, logprobs = self._sample_last(params, hidden, history, tiles, ends)
         done = jnp.where(is_last, slots, S)  # S: dropped below
-        sampling = jax.tree.map(
-            lambda all, new: all.at[done].set(new, mode="drop"), state.sampling, tiles.sampling
+        adapters, sampling = jax.tree.map(
+            lambda all, new: all.at[done].set(new, mode="drop"),
+            (state.adapters, state.sampling),
+            (tiles.adapters, tiles.sampling),
         )
         state = DecodeState(
             caches=caches,
             history=history,
             lengths=state.lengths.at[done].set(ends, mode="drop"),
             tokens=state.tokens.at[done].set(token, mode="drop"),
+            adapters=adapters,
             sampling=sampling,
         )
         return state, StepOutput(token[:, None], is_last.astype(jnp.int32), logprobs), hidden
@@ -129,15 +146,16 @@ class Autoregressive:
             jnp.any(tiles.is_last), draw, lambda: (jnp.zeros(B, jnp.int32), TokenLogprobs.zeros(B, V))
         )
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
     def step(
-        self, params: Params, state: DecodeState, active: Bool[Array, "R"]
+        self, params: Params, bank: Bank, state: DecodeState, active: Bool[Array, "R"]
     ) -> tuple[DecodeState, StepOutput]:
         """The first R slots, where active, are one token longer."""
         R, V = active.shape[0], self.model.config.vocab_size
-        lengths, tokens, sampling = jax.tree.map(
-            lambda x: x[:R], (state.lengths, state.tokens, state.sampling)
+        lengths, tokens, adapters, sampling = jax.tree.map(
+            lambda x: x[:R], (state.lengths, state.tokens, state.adapters, state.sampling)
         )
+        params = bank.adapt(params, adapters)
         capacity = state.history.shape[1]
         positions = jnp.where(active, lengths, capacity)  # an idle row writes past the end: nothing
         hidden, caches = hidden_states(

@@ -1,6 +1,7 @@
 """LLM: the Python front. Every method enters the same engine."""
 
 import itertools
+import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +15,21 @@ from realm_jax.config import TILE, EngineConfig
 from realm_jax.decoding import Autoregressive
 from realm_jax.errors import RequestError
 from realm_jax.loading import LoadProgress, load_model
+from realm_jax.lora import read as read_adapter
 from realm_jax.model import Transformer
 from realm_jax.params import SamplingParams
 from realm_jax.programs import Programs
 from realm_jax.scoring import Score
 from realm_jax.serving.engine import Engine
-from realm_jax.serving.request import FinishReason, GenerationOutput, Request, TextDelta
+from realm_jax.serving.request import (
+    Adapters,
+    FinishReason,
+    GenerationOutput,
+    Request,
+    TextDelta,
+    chosen_adapters,
+    is_scaled_adapter,
+)
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -32,13 +42,16 @@ class LLM:
         llm = LLM("model.gguf", ctx_size=2048, dtype="float32")
         llm.generate(["Once upon", "The capital of"], SamplingParams(max_tokens=16))
 
-    model: a path, a known name, or hf:owner/repo/file.gguf. engine_config: fields of `EngineConfig`.
+    model: a path, a known name, or hf:owner/repo/file.gguf. lora: adapters that calls may name. fold:
+    adapters that become part of the model, each with a scale or 1. engine_config: fields of `EngineConfig`.
     """
 
     def __init__(
         self,
         model: str | Path | None = None,
         *,
+        lora: Mapping[str, str | Path] | None = None,
+        fold: Sequence[str | Path | tuple[str | Path, float]] = (),
         on_load: LoadProgress | None = None,
         on_compile: Callable[[str], None] | None = None,
         on_notice: Callable[[str], None] | None = None,
@@ -52,8 +65,11 @@ class LLM:
         programs = Programs(runtime.program_folder(hub.cache_dir()))
         # the arithmetic is known first: it makes the C++ kernels ready, which programs call
         numerics, file = runtime.resolve_numerics(self.engine_config), path.stat()
-        programs.expect((path.resolve(), file.st_size, file.st_mtime_ns, self.engine_config, numerics))
-        self.model = load_model(path, self.engine_config, on_load)
+        folded = [_with_scale(each) for each in fold]
+        programs.expect(
+            (path.resolve(), file.st_size, file.st_mtime_ns, self.engine_config, numerics, folded)
+        )
+        self.model = load_model(path, self.engine_config, on_load, folded)
         self.tokenizer = self.model.tokenizer
         self.transformer = Transformer(self.model.config)
         self.engine = Engine(
@@ -63,22 +79,39 @@ class LLM:
             self.tokenizer,
             context=self.model.context,
             config=self.engine_config,
-            least_rows=self.model.numerics.least_rows,
+            numerics=self.model.numerics,
             programs=programs,
             on_compile=on_compile,
         )
         self._ids = itertools.count()
         self._mailboxes: dict[str, deque[TextDelta]] = {}  # by request
+        for name, adapter in (lora or {}).items():
+            self.load_adapter(name, adapter)
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Calls may name the adapter, a GGUF or PEFT file or folder.
+
+        Raises ModelFileError for one that is broken or does not fit the model, UnsupportedError for one that
+        only `fold` can apply, RequestError for a name that is taken.
+        """
+        self.engine.load_adapter(name, read_adapter(Path(path), self.model.base))
+
+    def unload_adapter(self, name: str) -> None:
+        """The adapter is gone. Raises RequestError while a request uses it."""
+        self.engine.unload_adapter(name)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: Adapters | Sequence[Adapters] = None,
     ) -> list[GenerationOutput]:
         """One output per prompt and sample, in the order of the prompts.
 
         Text is encoded with special tokens added and parsed; token lists are used as they are. No chat
-        template is applied. params: one for all, or one per prompt.
+        template is applied. params: one for all, or one per prompt. lora: None, an adapter's name, or a list
+        of (name, scale); or a list of these, one per prompt.
         """
         batch = _as_batch(prompts)
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
@@ -86,24 +119,32 @@ class LLM:
             raise RequestError(
                 f"params has {len(each)} entries for {len(batch)} prompts; give one, or one each"
             )
-        requests = [self._request(self.prompt_ids(p), one) for p, one in zip(batch, each, strict=True)]
+        adapters = _each_adapters(lora, len(batch))
+        requests = [
+            self._request(self.prompt_ids(p), one, mine)
+            for p, one, mine in zip(batch, each, adapters, strict=True)
+        ]
         outputs = {
             (d.request_id, d.sample_index): d.output for d in self._run(requests) if d.output is not None
         }
         return [outputs[r.id, sample] for r in requests for sample in range(r.params.n)]
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> GenerationOutput:
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, lora: Adapters = None
+    ) -> GenerationOutput:
         """The answer to a conversation, through the model's chat template.
 
         Raises RequestError if params asks for more than one sample.
         """
         if params is not None and params.n != 1:
             raise RequestError(f"n is {params.n}; chat gives one answer (use generate with chat_prompt)")
-        return self.generate([self.chat_prompt(messages)], params)[0]
+        return self.generate([self.chat_prompt(messages)], params, lora=[chosen_adapters(lora)])[0]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, lora: Adapters = None
+    ) -> Iterator[TextDelta]:
         """The output as it comes; the last delta of each sample carries the whole."""
-        return self._run([self._request(self.prompt_ids(prompt), params)])
+        return self._run([self._request(self.prompt_ids(prompt), params, chosen_adapters(lora))])
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, up to where the model answers."""
@@ -114,7 +155,7 @@ class LLM:
             return [bos, *ids]
         return ids
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+    def logits(self, token_ids: Sequence[int], *, lora: Adapters = None) -> np.ndarray:
         """float32 [T, V]: row t scores the token that follows the first t + 1."""
         ids = self.prompt_ids(token_ids)
         if not 1 <= len(ids) <= self.model.context:
@@ -122,7 +163,10 @@ class LLM:
         vocab = self.model.config.vocab_size
         if (wrong := next((i for i in ids if not 0 <= i < vocab), None)) is not None:
             raise RequestError(f"token_ids has token id {wrong}; the vocabulary has {vocab:,}")
-        return scoring.logits(self.transformer, self.model.params, ids, self.model.numerics)
+        with self.engine.standing(chosen_adapters(lora)) as (bank, adapters):
+            return scoring.logits(
+                self.transformer, self.model.params, ids, self.model.numerics, bank, adapters
+            )
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], continuations: Sequence[Prompt] | None = None
@@ -193,10 +237,15 @@ class LLM:
                 self.engine.abort(request.id)
                 self._mailboxes.pop(request.id, None)
 
-    def _request(self, ids: Sequence[int], params: SamplingParams | None) -> Request:
+    def _request(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams | None,
+        adapters: tuple[tuple[str, float], ...] = (),
+    ) -> Request:
         params = params or SamplingParams()
         seed = secrets.randbits(32) if params.seed is None else params.seed
-        return Request(f"request-{next(self._ids)}", tuple(ids), params, seed)
+        return Request(f"request-{next(self._ids)}", tuple(ids), params, seed, adapters=adapters)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """A prompt's tokens: text encoded with special tokens added and parsed, token ids as they are."""
@@ -208,6 +257,23 @@ class LLM:
             if isinstance(i, bool) or not isinstance(i, int | np.integer):
                 raise RequestError(f"prompt has {i!r}; token ids are whole numbers")
         return [int(i) for i in prompt]
+
+
+def _with_scale(given: str | Path | tuple[str | Path, float]) -> tuple[Path, float]:
+    """An adapter to fold and what its change is multiplied by."""
+    path, scale = given if isinstance(given, tuple) else (given, 1.0)
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise RequestError(f"the scale of adapter {str(path)!r} is {scale!r}; it must be a finite number")
+    return Path(path), float(scale)
+
+
+def _each_adapters(given: Adapters | Sequence[Adapters], count: int) -> list[tuple[tuple[str, float], ...]]:
+    """What each of `count` prompts runs with: the same for all, or one entry each."""
+    if given is None or isinstance(given, str) or (given and all(is_scaled_adapter(each) for each in given)):
+        return [chosen_adapters(given)] * count  # pyright: ignore[reportArgumentType]: not one each
+    if len(given) != count:
+        raise RequestError(f"lora has {len(given)} entries for {count} prompts; give one, or one each")
+    return [chosen_adapters(each) for each in given]  # pyright: ignore[reportArgumentType]: one each
 
 
 def _leaders_first(requests: Sequence[Request], slots: int) -> list[Request]:

@@ -2,20 +2,21 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from realm_jax import gguf, runtime, weights
+from realm_jax import gguf, lora, runtime, weights
 from realm_jax.architectures import read_config
 from realm_jax.buckets import Buckets
 from realm_jax.cache import cached_bytes
 from realm_jax.chat import ChatTemplate
 from realm_jax.config import EngineConfig, ModelConfig, Numerics
 from realm_jax.errors import CapacityError, UnsupportedError
+from realm_jax.lora import Base, FoldedFile
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
 
@@ -34,6 +35,7 @@ class LoadedModel:
     template: ChatTemplate | None
     context: int
     numerics: Numerics
+    base: Base  # what adapters must fit
     seconds: float
 
     def require_template(self) -> ChatTemplate:
@@ -41,9 +43,15 @@ class LoadedModel:
         return self.template or ChatTemplate.require(self.metadata, self.path.name)
 
 
-def load_model(path: Path, config: EngineConfig, on_progress: LoadProgress | None = None) -> LoadedModel:
-    """The model in the file, its weights on the device.
+def load_model(
+    path: Path,
+    config: EngineConfig,
+    on_progress: LoadProgress | None = None,
+    fold: Sequence[tuple[Path, float]] = (),
+) -> LoadedModel:
+    """The model in the file, its weights on the device, changed by the adapters to fold.
 
+    fold: files of adapters, and what the change of each is multiplied by.
     Raises ModelFileError for a broken file, UnsupportedError for what is not served, RequestError for a
     configuration that does not fit the model, CapacityError where it may need more than `config.memory`.
     """
@@ -54,23 +62,25 @@ def load_model(path: Path, config: EngineConfig, on_progress: LoadProgress | Non
         tokenizer = Tokenizer.from_metadata(file.metadata, path.name)
         template = ChatTemplate.from_metadata(file.metadata, path.name, **_special_texts(tokenizer))
         context = config.context_for(model)
-        _check_budget(file, model, config, context, numerics)
+        base = Base.of(file, model)
+        folded = FoldedFile(file, [(lora.read(each, base), scale) for each, scale in fold])
+        _check_budget(folded, model, config, context, numerics)
         params = weights.load(
-            file,
+            folded,
             model,
             numerics=numerics,
             context=context,
             threads=config.threads,
-            progress=_counter(file, on_progress),
+            progress=_counter(folded, on_progress),
         )
         metadata = file.metadata
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start
-    return LoadedModel(path, model, metadata, params, tokenizer, template, context, numerics, seconds)
+    return LoadedModel(path, model, metadata, params, tokenizer, template, context, numerics, base, seconds)
 
 
 def _check_budget(
-    file: gguf.GGUFFile, model: ModelConfig, config: EngineConfig, context: int, numerics: Numerics
+    file: FoldedFile, model: ModelConfig, config: EngineConfig, context: int, numerics: Numerics
 ) -> None:
     """Weights and the caches of all pools fit into `config.memory`.
 
@@ -102,7 +112,7 @@ def _special_texts(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: "" if token is None else tokenizer.token_text(token) for name, token in ids.items()}
 
 
-def _counter(file: gguf.GGUFFile, on_progress: LoadProgress | None) -> weights.Progress | None:
+def _counter(file: FoldedFile, on_progress: LoadProgress | None) -> weights.Progress | None:
     if on_progress is None:
         return None
     total, done = sum(tensor.nbytes for tensor in file.tensors.values()), 0

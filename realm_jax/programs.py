@@ -2,8 +2,9 @@
 
 An entry is JAX's serialized executable with the structure of what it takes and gives. Its name is a hash of
 all that decides what would be compiled: this package's files, the versions, the device, JAX's settings, the
-function, its static arguments, and the structure, shapes and types of the others. JAX's own compilation
-cache works below: it spares the compilation when only the hash is new.
+function, its static arguments, and the structure, shapes and types of the others.
+JAX's own compilation cache is not needed, and is off where JAX_COMPILATION_CACHE_DIR names no folder; where
+it does, it spares a compilation whose program is the same and only the hash is new.
 """
 
 import contextlib

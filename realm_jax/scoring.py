@@ -11,8 +11,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from realm_jax.banks import NO_ADAPTERS, Bank
 from realm_jax.config import TILE, Numerics
 from realm_jax.kernels import row_sum, top_k
+from realm_jax.lora.banked import AdapterRows
 from realm_jax.model import Caches, Transformer, hidden_states, next_token_logits
 from realm_jax.params import MAX_LOGPROBS
 from realm_jax.weights import Params
@@ -77,28 +79,49 @@ def score_tiles(
 
 
 def logits(
-    model: Transformer, params: Params, token_ids: Sequence[int], numerics: Numerics
+    model: Transformer,
+    params: Params,
+    token_ids: Sequence[int],
+    numerics: Numerics,
+    bank: Bank = NO_ADAPTERS,
+    adapters: Sequence[tuple[int, float]] = (),
 ) -> Float[np.ndarray, "T V"]:
-    """float32: row t scores the token that follows the first t + 1. Computed in the tiles of serving."""
+    """float32: row t scores the token that follows the first t + 1. Computed in the tiles of serving.
+
+    adapters: slots of the bank, and what each is multiplied by.
+    """
+    width = max(len(adapters), bank.width)
+    index, scale = np.zeros((1, width), np.int32), np.zeros((1, width), np.float32)
+    for j, each in enumerate(adapters):
+        index[0, j], scale[0, j] = each
     capacity = max(1 << (len(token_ids) - 1).bit_length(), CALLS[-1] * TILE)  # few capacities, few programs
     caches = model.empty_caches(1, capacity, numerics)
-    rows, start = [], 0
+    found, start = [], 0
     while start < len(token_ids):
         left = -(-(len(token_ids) - start) // TILE)
         tiles = np.zeros(next((n for n in CALLS if n >= left), CALLS[-1]) * TILE, np.int32)
         part = token_ids[start : start + len(tiles)]
         tiles[: len(part)] = part
-        scores, caches = _forward(model, params, caches, tiles.reshape(-1, TILE), np.int32(start))
-        rows.append(np.asarray(scores).reshape(len(tiles), -1)[: len(part)])
+        shaped = tiles.reshape(-1, TILE)
+        rows = AdapterRows(*(np.repeat(x, len(shaped), axis=0) for x in (index, scale)))  # pyright: ignore[reportArgumentType]: jit takes NumPy's
+        scores, caches = _forward(model, params, bank, rows, caches, shaped, np.int32(start))
+        found.append(np.asarray(scores).reshape(len(tiles), -1)[: len(part)])
         start += len(part)
-    return np.concatenate(rows)
+    return np.concatenate(found)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _forward(
-    model: Transformer, params: Params, caches: Caches, tiles: Int[Array, "B T"], start: Int[Array, ""]
+    model: Transformer,
+    params: Params,
+    bank: Bank,
+    adapters: AdapterRows,
+    caches: Caches,
+    tiles: Int[Array, "B T"],
+    start: Int[Array, ""],
 ) -> tuple[Float[Array, "B T V"], Caches]:
     """Logits of tiles that follow one another, the first at position `start`."""
+    params = bank.adapt(params, adapters)
     positions = start + jnp.arange(tiles.size, dtype=jnp.int32).reshape(tiles.shape)
     slots = jnp.zeros(tiles.shape[0], jnp.int32)
     hidden, caches = hidden_states(model, params, tiles, positions, caches, slots)

@@ -16,18 +16,20 @@ from realm_jax.config import ModelConfig, Numerics
 from realm_jax.errors import ModelFileError
 from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile
+from realm_jax.lora import FoldedFile
 from realm_jax.nodes import Biased, Rotary
 from realm_jax.projections import Stored
 from realm_jax.quant import dequantize
 
 Params = dict[str, Any]
+TensorFile = GGUFFile | FoldedFile
 Progress = Callable[[int], None]  # called with the bytes of the file that were just read
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def load(
-    file: GGUFFile,
+    file: TensorFile,
     config: ModelConfig,
     *,
     numerics: Numerics,
@@ -52,7 +54,7 @@ def load(
     return params
 
 
-def _load_parameter(file: GGUFFile, p: Parameter, numerics: Numerics, progress: Progress | None) -> Any:
+def _load_parameter(file: TensorFile, p: Parameter, numerics: Numerics, progress: Progress | None) -> Any:
     if p.is_vector:
         node = projections.scale(_vector(file, p.parts[0].name + ".weight"), numerics)
     else:
@@ -79,7 +81,7 @@ def _numerics_of(p: Parameter, numerics: Numerics) -> Numerics:
     return replace(numerics, weights="dense") if is_spared else numerics
 
 
-def _stored(file: GGUFFile, part: Part) -> Stored:
+def _stored(file: TensorFile, part: Part) -> Stored:
     """The part's matrix as it lies in the file."""
     info = file.tensors[part.name + ".weight"]
     data = file.data(info.name)
@@ -89,19 +91,22 @@ def _stored(file: GGUFFile, part: Part) -> Stored:
     return Stored(data, GGMLType(info.ggml_type), (part.shape[-2], part.shape[-1]))
 
 
-def _bias(file: GGUFFile, parts: tuple[Part, ...]) -> np.ndarray | None:
+def _bias(file: TensorFile, parts: tuple[Part, ...]) -> np.ndarray | None:
     """The parts' biases one after another, zeros for those that have none; None where no part has one."""
-    names = [part.name + ".bias" for part in parts]
-    if not any(name in file.tensors for name in names):
+    if not _is_biased(file, parts):
         return None
     vectors = [
         _vector(file, name) if name in file.tensors else np.zeros(part.shape[-2], np.float32)
-        for name, part in zip(names, parts, strict=True)
+        for name, part in ((part.name + ".bias", part) for part in parts)
     ]
     return np.concatenate(vectors)
 
 
-def _ropes(file: GGUFFile, config: ModelConfig, context: int, numerics: Numerics) -> dict[str, Rotary]:
+def _is_biased(file: TensorFile, parts: tuple[Part, ...]) -> bool:
+    return any(part.name + ".bias" in file.tensors for part in parts)
+
+
+def _ropes(file: TensorFile, config: ModelConfig, context: int, numerics: Numerics) -> dict[str, Rotary]:
     """The turns by rope name; a file's own factors apply to the global one."""
     ropes = dict(config.ropes)
     is_long = context > ropes["global"].original_context
@@ -118,7 +123,7 @@ def _ropes(file: GGUFFile, config: ModelConfig, context: int, numerics: Numerics
     }
 
 
-def check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
+def check_tensors(file: TensorFile, wanted: list[Parameter]) -> None:
     """Raises one error that names every tensor that is missing, extra or of another shape."""
     problems: list[str] = []
     known: set[str] = set(ROPE_TENSORS)
@@ -147,16 +152,16 @@ def check_tensors(file: GGUFFile, wanted: list[Parameter]) -> None:
         )
 
 
-def planned_bytes(file: GGUFFile, config: ModelConfig, numerics: Numerics) -> int:
+def planned_bytes(file: TensorFile, config: ModelConfig, numerics: Numerics) -> int:
     """What `resident_bytes` of the loaded params will be."""
     nodes = sum(_planned(file, p, numerics) for p in parameters(config) if _is_present(file, p))
     return nodes + sum(4 * (rope.dims // 2) for _, rope in config.ropes)
 
 
-def _planned(file: GGUFFile, p: Parameter, numerics: Numerics) -> int:
+def _planned(file: TensorFile, p: Parameter, numerics: Numerics) -> int:
     if p.is_vector:
         return 4 * prod(p.parts[0].shape)
-    biases = sum(part.shape[-2] for part in p.parts if _bias(file, p.parts) is not None)
+    biases = sum(part.shape[-2] for part in p.parts) if _is_biased(file, p.parts) else 0
     parts = [_stored(file, part) for part in p.parts]
     return 4 * biases + projections.planned_bytes(parts, _numerics_of(p, numerics))
 
@@ -166,16 +171,16 @@ def resident_bytes(params: Params) -> int:
     return sum({id(x): x.nbytes for x in jax.tree.leaves(params)}.values())
 
 
-def _is_present(file: GGUFFile, p: Parameter) -> bool:
+def _is_present(file: TensorFile, p: Parameter) -> bool:
     return p.parts[0].name + ".weight" in file.tensors
 
 
-def _part_bytes(file: GGUFFile, part: Part) -> int:
+def _part_bytes(file: TensorFile, part: Part) -> int:
     nbytes = file.tensors[part.name + ".weight"].nbytes
     return nbytes if part.expert is None else nbytes // part.shape[0]
 
 
-def _vector(file: GGUFFile, name: str) -> np.ndarray:
+def _vector(file: TensorFile, name: str) -> np.ndarray:
     info = file.tensors[name]
     return dequantize(file.data(name), info.ggml_type, info.shape)
 

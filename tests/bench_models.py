@@ -187,7 +187,7 @@ def _pool(rng: np.random.Generator, inputs: int, of: GGMLQuantizationType) -> np
     numbers = rng.standard_normal(POOL, np.float32) / np.float32(inputs**0.5)
     try:
         quantized = gguf.quants.quantize(numbers, of)
-    except NotImplementedError:
+    except NotImplementedError:  # gguf-py reads this type and does not write it
         raise RequestError(f"random models are not written in {of.name}; choose Q4_0, Q8_0 or BF16") from None
     return quantized.view(np.uint8).reshape(-1, GGML_QUANT_SIZES[of][1])
 

@@ -1,13 +1,15 @@
 """Schedulers with one fault each, which the search for a scenario must find."""
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import replace
 
-from scenarios import Scenario
+from scenarios import MAX_LORAS, Scenario
 from simulation import scheduler_of
 
 from realm_jax.config import TILE
 from realm_jax.errors import CapacityError
+from realm_jax.serving.adapters import AdapterSlots, LoadAdapter
 from realm_jax.serving.request import FinishReason, Request, Sequence
 from realm_jax.serving.scheduler import Copy, Decode, Plan, Prefill, Scheduler, Tile
 from realm_jax.serving.slots import Slot, Slots
@@ -192,7 +194,28 @@ class IgnoresTenant(Slot):
 class IgnoresAdapter(Slot):
     def shared_tiles(self, request: Request) -> int:
         own = self.request or request
-        return super().shared_tiles(replace(request, adapter=own.adapter))
+        return super().shared_tiles(replace(request, adapters=own.adapters))
+
+
+class LeaksAdapters(AdapterSlots):
+    """An adapter that was used by two at once stays held."""
+
+    def release(self, names: Iterable[str]) -> None:
+        super().release(name for name in names if self._named(name).users == 1)
+
+
+class LoadsOverOthers(AdapterSlots):
+    def release(self, names: Iterable[str]) -> None:
+        super().release(names)
+        for slot in self._slots.values():
+            slot.users = min(slot.users, 0)
+
+
+class NeverLoads(Scheduler):
+    def schedule(self) -> Plan | None:
+        while isinstance(plan := super().schedule(), LoadAdapter):
+            pass
+        return plan
 
 
 class IgnoresScoreFrom(Slot):
@@ -275,7 +298,7 @@ class TakesTheFirstFound(Slots):
         return next((slot for slots in pools for slot in slots if slot.shared_tiles(request)), None)
 
 
-Fault = type[Scheduler] | type[Slots] | type[Slot]
+Fault = type[Scheduler] | type[Slots] | type[Slot] | type[AdapterSlots]
 FAULTS: list[Fault] = [
     fault for fault in list(globals().values()) if isinstance(fault, type) and fault.__module__ == __name__
 ]
@@ -287,6 +310,8 @@ def broken(fault: Fault, scenario: Scenario) -> Scheduler:
     scheduler = scheduler_of(scenario, kind)
     if issubclass(fault, Slots):
         scheduler.slots = fault(scheduler.buckets)
+    if issubclass(fault, AdapterSlots):
+        scheduler.adapters = fault(MAX_LORAS)
     if issubclass(fault, Slot):
         pools = enumerate(scheduler.buckets.pools)
         scheduler.slots._pools = [[fault(i, j) for j in range(pool.slots)] for i, pool in pools]

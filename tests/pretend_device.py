@@ -7,9 +7,10 @@ compared with this account.
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from scenarios import Owner, Scenario
+from scenarios import MAX_LORAS, Owner, Scenario
 
 from realm_jax.config import TILE
+from realm_jax.serving.adapters import LoadAdapter
 from realm_jax.serving.request import Request, Sequence
 from realm_jax.serving.scheduler import Copy, Decode, Plan, Prefill, Tile
 
@@ -29,7 +30,7 @@ class Memory:
     def reusable(self, request: Request) -> int:
         """Tokens of whole tiles that stand here and need not be computed again for this request."""
         prompt = request.prompt_ids
-        if self.owner != (request.tenant, request.adapter):
+        if self.owner != (request.tenant, request.adapters):
             return 0
         most = min(self.computed, len(prompt) - 1)
         if request.params.prompt_logprobs is not None:
@@ -79,6 +80,7 @@ class Device:
         self.running: dict[Place, Running] = {}
         self.pending: list[Running] = []  # whose prompt is not yet computed, by admission
         self.clock = 0
+        self.bank: dict[int, str] = {}  # adapters by slot
 
     @property
     def most_tiles(self) -> int:
@@ -102,6 +104,24 @@ class Device:
         needed = sequence.prompt_length + (sequence.request.params.max_tokens != 0)
         fitting = (i for i, pool in enumerate(self.pools) if pool.capacity >= needed)
         return next((i for i in fitting if self.free(i)), None)
+
+    def adapters_in_use(self) -> set[str]:
+        return {name for r in self.running.values() for name, _ in r.sequence.request.adapters}
+
+    def has_bank_for(self, sequence: Sequence) -> bool:
+        """Whether its adapters and those of all that run fit into the bank."""
+        return len(self.adapters_in_use() | {name for name, _ in sequence.request.adapters}) <= MAX_LORAS
+
+    def load(self, plan: LoadAdapter) -> None:
+        """An adapter comes in where none stands that is in use."""
+        assert 1 <= plan.slot <= MAX_LORAS
+        assert plan.name not in self.bank.values(), "stands there already"
+        assert self.bank.get(plan.slot) not in self.adapters_in_use(), "takes what another sequence uses"
+        self.bank[plan.slot] = plan.name
+
+    def check_bank(self, sequence: Sequence) -> None:
+        names = tuple(name for name, _ in sequence.request.adapters)
+        assert tuple(map(self.bank.get, sequence.bank_slots)) == names, "another adapter stands there"
 
     def ready(self) -> set[Place]:
         """Slots whose sequence could take a step."""
@@ -152,7 +172,7 @@ class Device:
             self.copy(source, at)
         else:
             assert copy is None, "copies what nobody needs"
-        self.use(at).keep((request.tenant, request.adapter), best)
+        self.use(at).keep((request.tenant, request.adapters), best)
         room = self.context - len(request.prompt_ids)
         wanted = room if request.params.max_tokens is None else min(request.params.max_tokens, room)
         self.running[at] = Running(sequence, at, said, wanted, self.clock)
@@ -195,7 +215,8 @@ class Device:
     def compute(self, running: Running, tile: Tile) -> None:
         """The slot holds the tile's tokens, after all that stand before them in the prompt."""
         request, memory = running.sequence.request, self.memory[running.at]
-        assert memory.owner == (request.tenant, request.adapter), "another's tokens stand before"
+        self.check_bank(running.sequence)
+        assert memory.owner == (request.tenant, request.adapters), "another's tokens stand before"
         assert tuple(memory.tokens) == request.prompt_ids[: tile.start], "other tokens stand before"
         assert memory.computed == tile.start, "tokens stand before that decoding wrote"
         assert tile.start % TILE == 0, "a cut that depends on more than the prompt"
@@ -215,6 +236,7 @@ class Device:
         for slot in sorted(ready):
             running, memory = self.running[plan.pool, slot], self.memory[plan.pool, slot]
             assert running.sequence is plan.sequences[slot]
+            self.check_bank(running.sequence)
             memory.tokens.append(running.said[min(running.asked, len(running.said)) - 1])
             assert len(memory.tokens) <= pool.capacity, "writes past the slot"
             call.append(running.ask())

@@ -11,8 +11,12 @@ from realm_jax.params import SamplingParams
 from realm_jax.serving.request import Request
 
 STOP = 0
-Owner = tuple[str, str | None]
-OWNERS: list[Owner] = [("", None), ("", None), ("", None), ("", "adapter"), ("tenant", None)]
+Owner = tuple[str, tuple[tuple[str, float], ...]]
+ADAPTERS = (("x", 1.0),), (("x", 0.5),), (("y", 1.0),), (("y", 1.0), ("z", -1.0)), (("x", 1.0), ("x", 1.0))
+OWNERS: list[Owner] = [("", ()), ("", ()), ("", ()), *(("", each) for each in ADAPTERS), ("tenant", ())]
+MAX_LORAS = 2
+"""Fewer than there are adapters, and enough for each request."""
+
 Shape = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 """What a `Pool` is made of, made only after the drawing: runtime type checks take random numbers."""
 
@@ -84,7 +88,7 @@ class Scenario:
                 priority=arrival.priority,
                 score_from=1 if arrival.score_from is None else arrival.score_from,
                 tenant=owner[0],
-                adapter=owner[1],
+                adapters=owner[1],
             )
             made.append(request)
         return made

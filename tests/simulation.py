@@ -5,10 +5,11 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from pretend_device import Call, Device
-from scenarios import STOP, Arrival, Scenario
+from scenarios import MAX_LORAS, STOP, Arrival, Scenario
 
 from realm_jax.config import TILE
 from realm_jax.errors import CapacityError, RequestError
+from realm_jax.serving.adapters import LoadAdapter
 from realm_jax.serving.request import FinishReason, Request, Sequence
 from realm_jax.serving.scheduler import Copy, Decode, Plan, Prefill, Scheduler
 
@@ -18,6 +19,7 @@ def scheduler_of(scenario: Scenario, kind: type[Scheduler] = Scheduler) -> Sched
         scenario.buckets(),
         scenario.context,
         max_queue=scenario.max_queue,
+        max_loras=MAX_LORAS,
         prefix_caching=scenario.prefix_caching,
     )
 
@@ -128,6 +130,9 @@ class Simulation:
         plan = self.scheduler.schedule()
         self.calls += 1
         has_admitted = self.admit(plan)
+        while isinstance(plan, LoadAdapter):
+            self.device.load(plan)
+            plan = self.scheduler.schedule()
         assert not movers or (isinstance(plan, Copy) and not has_admitted), "a filled slot keeps its sequence"
         match plan:
             case Prefill():
@@ -165,6 +170,8 @@ class Simulation:
     def can_admit(self) -> bool:
         """Whether the first that waits may run, and there is not yet work for a whole call."""
         if not self.queue or self.device.pool_for(self.queue[0]) is None:
+            return False
+        if not self.device.has_bank_for(self.queue[0]):
             return False
         return self.device.tiles_left() < self.device.most_tiles
 

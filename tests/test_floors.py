@@ -17,9 +17,9 @@ FLOORS = {
     0: {"errors", "config", "buckets", "ggml", "params", "serving"},  # serving/__init__.py imports nothing
     1: {"lora", "quant", "nodes", "native_nodes", "kernels", "rope", "cache", "sampling", "sampling_rows"}
     | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
-    2: {"model", "layers", "weights", "projections", "architectures"},
+    2: {"model", "layers", "weights", "banks", "projections", "architectures"},
     3: {"loading", "decoding", "inspection", "scoring"}
-    | {f"serving.{name}" for name in ("scheduler", "slots", "request", "tenants", "transcript")},
+    | {f"serving.{name}" for name in ("scheduler", "slots", "adapters", "request", "tenants", "transcript")},
     4: {f"serving.{name}" for name in ("engine", "runner", "packing")},
     5: {"llm", "perplexity", "research", "training", "evaluation", "benchmark"}
     | {f"serving.{name}" for name in ("server", "batch", "bodies", "keys", "metrics")},
@@ -37,6 +37,8 @@ WITHIN_A_FLOOR = {
     ("native_nodes", "kernels"),
     ("runtime", "kernels"),
     ("weights", "projections"),
+    ("banks", "architectures"),
+    ("banks", "weights"),
     ("sampling", "kernels"),
     ("sampling", "sampling_rows"),
     ("tokenizer", "gguf"),  # Tokenizer.from_gguf
@@ -44,6 +46,7 @@ WITHIN_A_FLOOR = {
     ("weights", "architectures"),
     ("serving.scheduler", "serving.request"),
     ("serving.scheduler", "serving.slots"),
+    ("serving.scheduler", "serving.adapters"),
     ("serving.slots", "serving.request"),
     ("serving.engine", "serving.runner"),
     ("serving.engine", "serving.packing"),

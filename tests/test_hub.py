@@ -206,8 +206,10 @@ def test_when_every_source_fails_each_is_named(server: ModelServer, data: bytes,
         (wheel_of({MEMBER: DATA[1:]}), "expected 102,400"),
         (wheel_of({MEMBER: DATA[::-1]}), "wrong file: its sha256"),
         (WHEEL.replace(b"\x00\x90\x01\x00", b"\x00\x90\x01\x01"), "expected 102,400"),
+        (WHEEL.replace(b"\x14\0\0\0\x08\0", b"\x14\0\x01\0\x08\0"), "not a readable wheel: .* encrypted"),
+        (WHEEL.replace(b"\x14\0\0\0\x08\0", b"\x14\0\0\0\x63\0"), "not a readable wheel: .* not supported"),
     ],
-    ids=["garbage", "absent", "short", "lie", "claims"],
+    ids=["garbage", "absent", "short", "lie", "claims", "encrypted", "compression"],
 )
 def test_a_wrong_wheel_gives_nothing(tmp_path: Path, wheel: bytes, reason: str):
     (tmp_path / WHEEL_NAME).write_bytes(wheel)

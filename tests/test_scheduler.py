@@ -38,7 +38,7 @@ def arrival(length: int, max_tokens: int) -> Arrival:
         max_tokens=max_tokens,
         score_from=None,
         n=1,
-        owner=("", None),
+        owner=("", ()),
         priority=0,
         stop_every=10**9,
         abort_after=None,

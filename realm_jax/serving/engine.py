@@ -1,21 +1,27 @@
 """The engine: schedule -> run -> commit, the one generation loop."""
 
+import contextlib
+import functools
 import heapq
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from realm_jax.banks import Bank, check_adapter, empty_bank
 from realm_jax.buckets import Buckets
-from realm_jax.config import MIN_ROWS, EngineConfig
+from realm_jax.config import MAX_LORAS_PER_REQUEST, EngineConfig, Numerics
 from realm_jax.decoding import StepOutput, Strategy
-from realm_jax.errors import RequestError
+from realm_jax.errors import CapacityError, RequestError
+from realm_jax.lora import Adapter
 from realm_jax.model import Transformer
 from realm_jax.programs import Programs
 from realm_jax.sampling_rows import SamplingRows
 from realm_jax.scoring import TargetLogprobs
+from realm_jax.serving.adapters import LoadAdapter
 from realm_jax.serving.packing import PromptTargets, prompt_targets
 from realm_jax.serving.request import FinishReason, Request, Sequence, TextDelta
 from realm_jax.serving.runner import Runner
@@ -59,17 +65,26 @@ class Engine:
         *,
         context: int,
         config: EngineConfig,
-        least_rows: int = MIN_ROWS,
+        numerics: Numerics,
         programs: Programs | None = None,
         on_compile: Callable[[str], None] | None = None,
     ) -> None:
-        self.buckets = Buckets.plan(context, config, least_rows)
+        self.buckets = Buckets.plan(context, config, numerics.least_rows, numerics.adapter_widths)
         self.scheduler = Scheduler(
-            self.buckets, context, max_queue=config.max_queue, prefix_caching=config.prefix_caching
+            self.buckets,
+            context,
+            max_queue=config.max_queue,
+            max_loras=config.max_loras,
+            prefix_caching=config.prefix_caching,
         )
         self._runner = Runner(strategy, model, params, self.buckets, programs or Programs(), on_compile)
         self._tokenizer = tokenizer
         self._vocab = model.config.vocab_size
+        self._model, self._max_loras = model.config, config.max_loras
+        self._adapters: dict[str, Adapter] = {}
+        self._new_bank = functools.partial(empty_bank, model.config, numerics, config.max_loras)
+        if config.max_lora_rank is not None:
+            self._runner.bank = self._new_bank(config.max_lora_rank)
         self._in_flight: deque[_Decoded | _Prefilled] = deque()
         self._transcripts: dict[str, list[Transcript]] = {}  # by request
         self._deadlines: list[tuple[float, str]] = []  # a heap of times and requests
@@ -92,6 +107,7 @@ class Engine:
         if request.id in self._transcripts:
             raise RequestError(f"request id {request.id!r} is in use; choose another")
         self._check_token_ids(request)
+        self._check_adapters(request.adapters)
         sequences = self.scheduler.add(request)
         self._transcripts[request.id] = [Transcript(sequence, self._tokenizer) for sequence in sequences]
         if request.timeout is not None:
@@ -121,6 +137,60 @@ class Engine:
             self._lose_all()
             raise
 
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        """Requests may name the adapter; those that run are not disturbed.
+
+        Nothing is compiled for it, unless its rank is of a larger bucket than any before. Raises RequestError
+        for a name that is taken, UnsupportedError for an adapter that only folding can apply.
+        """
+        if name in self._adapters:
+            raise RequestError(f"adapter {name!r} is loaded already; unload it first, or choose another name")
+        check_adapter(adapter, self._model)
+        if adapter.rank > self._runner.bank.rank:
+            self._runner.bank = self._new_bank(adapter.rank)
+            for standing in self.scheduler.adapters.standing:
+                self._runner.load_adapter(standing.slot, self._adapters[standing.name])
+        self._adapters[name] = adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """The adapter is gone. Raises RequestError for one that is not loaded, or that a request uses."""
+        if name not in self._adapters:
+            raise RequestError(f"adapter {name!r} is not loaded; {self._loaded()}")
+        if users := [
+            r for r, (first, *_) in self._transcripts.items() if name in first.sequence.request.adapter_names
+        ]:
+            raise RequestError(
+                f"adapter {name!r} is used by {len(users)} requests; let them end, or abort them"
+            )
+        self.scheduler.adapters.forget(name)
+        self.scheduler.slots.forget_adapter(name)
+        del self._adapters[name]
+
+    @contextlib.contextmanager
+    def standing(
+        self, adapters: tuple[tuple[str, float], ...]
+    ) -> Iterator[tuple[Bank, list[tuple[int, float]]]]:
+        """The bank, in which these adapters stand while the context is open, and where.
+
+        Raises CapacityError if running sequences use all of its slots.
+        """
+        self._check_adapters(adapters)
+        names, slots = [name for name, _ in adapters], self.scheduler.adapters
+        if not slots.acquire(names):
+            raise CapacityError(f"{self._max_loras} adapters are in use; max_loras allows no more at once")
+        try:
+            while (load := slots.next_load()) is not None:
+                self._runner.load_adapter(load.slot, self._adapters[load.name])
+            found = [(slots.index_of(name) or 0, scale) for name, scale in adapters]
+            yield self._runner.bank_for(len(found)), found
+        finally:
+            slots.release(names)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names that requests may use."""
+        return sorted(self._adapters)
+
     def warmup(self) -> int:
         """Every program that the configuration can reach is compiled; returns how many there are.
 
@@ -149,8 +219,11 @@ class Engine:
 
     def _step(self) -> list[TextDelta]:
         plan = self.scheduler.schedule()
-        while isinstance(plan, Copy):
-            self._runner.copy(plan)
+        while isinstance(plan, Copy | LoadAdapter):
+            if isinstance(plan, Copy):
+                self._runner.copy(plan)
+            else:
+                self._runner.load_adapter(plan.slot, self._adapters[plan.name])
             plan = self.scheduler.schedule()
         match plan:
             case Prefill():
@@ -221,6 +294,19 @@ class Engine:
     def _forget(self, request_id: str) -> None:
         if all(t.sequence.finish_reason is not None for t in self._transcripts[request_id]):
             del self._transcripts[request_id]
+
+    def _loaded(self) -> str:
+        return f"loaded: {', '.join(self.adapters)}" if self._adapters else "none is loaded"
+
+    def _check_adapters(self, adapters: tuple[tuple[str, float], ...]) -> None:
+        most = min(MAX_LORAS_PER_REQUEST, self._max_loras)
+        if len(adapters) > most:
+            raise RequestError(f"a request names {len(adapters)} adapters; {most} is the most")
+        for name, scale in adapters:
+            if name not in self._adapters:
+                raise RequestError(f"adapter {name!r} is not loaded; {self._loaded()}")
+            if not math.isfinite(scale):
+                raise RequestError(f"the scale of adapter {name!r} is {scale}; it must be a finite number")
 
     def _check_token_ids(self, request: Request) -> None:
         params = request.params

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from realm_jax.buckets import Pool
-from realm_jax.config import TILE
+from realm_jax.config import MAX_LORAS_PER_REQUEST, TILE
 from realm_jax.decoding import PromptTiles
+from realm_jax.lora.banked import AdapterRows
 from realm_jax.sampling_rows import SamplingRows
 from realm_jax.serving.request import Sequence
 from realm_jax.serving.scheduler import Prefill, Tile
@@ -34,15 +35,24 @@ def pack_prompts(
     slots = np.full(B, pool.slots, np.int32)
     starts, lengths = np.zeros(B, np.int32), np.zeros(B, np.int32)
     is_last = np.zeros(B, np.bool_)
+    adapters = no_adapters(B)
     idle = SamplingRows.greedy(1, vocab)
     rows = [idle] * B
     for i, tile in enumerate(plan.tiles):
         tokens[i, : len(tile.tokens)] = tile.tokens
         slots[i], starts[i], lengths[i] = tile.slot, tile.start, len(tile.tokens)
         is_last[i] = tile.is_last
+        for j, (_, scale) in enumerate(tile.sequence.request.adapters):
+            adapters.index[i, j], adapters.scale[i, j] = tile.sequence.bank_slots[j], scale
         if tile.is_last:
             rows[i] = row_of(tile.sequence)
-    return PromptTiles(tokens, slots, starts, lengths, is_last, SamplingRows.join(rows))
+    return PromptTiles(tokens, slots, starts, lengths, is_last, adapters, SamplingRows.join(rows))
+
+
+def no_adapters(rows: int) -> AdapterRows:
+    """Rows that have none, in host memory."""
+    shape = rows, MAX_LORAS_PER_REQUEST
+    return AdapterRows(np.zeros(shape, np.int32), np.zeros(shape, np.float32))  # pyright: ignore[reportArgumentType]: jit takes NumPy's
 
 
 def prompt_targets(plan: Prefill) -> PromptTargets | None:

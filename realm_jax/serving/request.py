@@ -1,11 +1,13 @@
 """A request, its life as sequences, and what comes out. Plain Python: no JAX."""
 
 import time
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypedDict
 
 from realm_jax.config import TILE
+from realm_jax.errors import RequestError
 from realm_jax.params import SamplingParams
 
 
@@ -38,8 +40,8 @@ class Request:
 
     priority: a smaller one is let in first (vLLM's meaning). timeout: seconds from its arrival after which
     it ends with what it has. score_from: the first prompt token whose log-probability is wanted, where
-    `params.prompt_logprobs` asks for them. tenant, adapter: what is computed of prompts is shared only
-    where both agree.
+    `params.prompt_logprobs` asks for them. adapters: names, and what each one's change is multiplied by.
+    tenant, adapters: what is computed of prompts is shared only where both agree.
     """
 
     id: str
@@ -50,18 +52,45 @@ class Request:
     timeout: float | None = None
     score_from: int = 1
     tenant: str = ""
-    adapter: str | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
     arrival: float = field(default_factory=time.perf_counter)
 
     @property
-    def owner(self) -> tuple[str, str | None]:
-        return self.tenant, self.adapter
+    def owner(self) -> tuple[str, tuple[tuple[str, float], ...]]:
+        return self.tenant, self.adapters
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.adapters)
 
     @property
     def reusable(self) -> int:
         """Leading prompt tokens that need not be computed if they were before: what follows is needed."""
         last = len(self.prompt_ids) - 1
         return last if self.params.prompt_logprobs is None else min(last, max(self.score_from - 1, 0))
+
+
+Adapters = str | Rows[tuple[str, float]] | None
+"""What a caller says of adapters: none, one by name, or several with what each is multiplied by."""
+
+
+def chosen_adapters(given: Adapters) -> tuple[tuple[str, float], ...]:
+    """As a request has them. Raises RequestError for anything else."""
+    if given is None:
+        return ()
+    if isinstance(given, str):
+        return ((given, 1.0),)
+    if isinstance(given, Rows) and all(is_scaled_adapter(each) for each in given):
+        return tuple((name, float(scale)) for name, scale in given)
+    raise RequestError(f"lora is {given!r}; it must be an adapter's name, or a list of names and scales")
+
+
+def is_scaled_adapter(each: object) -> bool:
+    """Whether this is a name and a scale."""
+    if not isinstance(each, tuple | list) or len(each) != 2:
+        return False
+    name, scale = each
+    return isinstance(name, str) and isinstance(scale, int | float) and not isinstance(scale, bool)
 
 
 @dataclass(frozen=True)
@@ -124,6 +153,7 @@ class Sequence:
     slot: int | None = None
     prefilled: int = 0
     reused: int = 0  # of these, not computed for this sequence
+    bank_slots: tuple[int, ...] = ()  # of its adapters, while it has a slot
     dispatched: int = 0
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None

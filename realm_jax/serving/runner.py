@@ -2,16 +2,19 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from realm_jax import banks
+from realm_jax.banks import NO_ADAPTERS, Bank
 from realm_jax.buckets import Buckets, Pool, copy_name, decode_name, prefill_name, score_name
 from realm_jax.config import TILE
 from realm_jax.decoding import DecodeState, PromptTiles, StepOutput, Strategy, copy_up, copy_within
 from realm_jax.errors import CapacityError
+from realm_jax.lora import Adapter
 from realm_jax.model import Transformer
 from realm_jax.programs import Program, Programs
 from realm_jax.sampling_rows import SamplingRows
@@ -40,6 +43,7 @@ class Runner:
         self._buckets, self._on_compile = buckets, on_compile
         self._vocab = model.config.vocab_size
         self._states: dict[int, DecodeState] = {}
+        self.bank = NO_ADAPTERS
 
     def forget(self) -> None:
         """All state is dropped: the next calls run as on a new device."""
@@ -50,14 +54,20 @@ class Runner:
     ) -> tuple[StepOutput, TargetLogprobs | None]:
         """The plan's tiles are computed, and their targets scored, if any are wanted."""
         tiles = pack_prompts(plan, self._buckets.pools[plan.pool], row_of, self._vocab)
-        output, hidden = self._prefill(plan.pool, tiles)
+        width = self._width(tile.sequence for tile in plan.tiles)
+        output, hidden = self._prefill(plan.pool, tiles, width)
         if scored is None:
             return output, None
         return output, self._score(hidden, scored.targets, scored.wants_top)
 
     def decode(self, plan: Decode) -> StepOutput:
         """The plan's sequences are one step further."""
-        return self._step(plan.pool, np.array([sequence is not None for sequence in plan.sequences]))
+        active = np.array([sequence is not None for sequence in plan.sequences])
+        return self._step(plan.pool, active, self._width(s for s in plan.sequences if s is not None))
+
+    def load_adapter(self, slot: int, adapter: Adapter) -> None:
+        """The adapter stands in a slot of the bank."""
+        self.bank = banks.put(self.bank, slot, adapter)
 
     def copy(self, plan: Copy) -> None:
         """What the plan's slot holds also stands in its target."""
@@ -70,21 +80,37 @@ class Runner:
 
     def warmup(self) -> None:
         """Every program has run once; what the slots held is lost."""
-        for i, pool in enumerate(self._buckets.pools):
-            for tiles in pool.tiles:
-                nothing = pack_prompts(Prefill(i, tiles, ()), pool, lambda _: _never(), self._vocab)
-                _, hidden = self._prefill(i, nothing)
-                self._score(hidden, np.zeros((tiles, TILE), np.int32), False)
-            for rows in pool.rows:
-                self._step(i, np.zeros(rows, np.bool_))
+        for i in range(len(self._buckets.pools)):
+            for width in self._buckets.widths if self.bank.places else (0,):
+                self._warm_up(i, width)
             for source in range(max(i - 1, 0), i + 1):
                 self.copy(Copy(source, 0, i, 0))
         jax.block_until_ready(self._states)
 
-    def _prefill(self, pool: int, tiles: PromptTiles) -> tuple[StepOutput, jax.Array]:
-        name = prefill_name(tiles.tokens.shape[0], self._buckets.pools[pool])
+    def _warm_up(self, i: int, width: int) -> None:
+        """Prefill and steps of a pool, for rows of so many adapters."""
+        pool = self._buckets.pools[i]
+        for tiles in pool.tiles:
+            nothing = pack_prompts(Prefill(i, tiles, ()), pool, lambda _: _never(), self._vocab)
+            _, hidden = self._prefill(i, nothing, width)
+            self._score(hidden, np.zeros((tiles, TILE), np.int32), False)
+        for rows in pool.rows:
+            self._step(i, np.zeros(rows, np.bool_), width)
+
+    def bank_for(self, adapters: int) -> Bank:
+        """The bank for rows with so many adapters."""
+        return self._bank(self._buckets.width_for(adapters))
+
+    def _width(self, sequences: Iterable[Sequence]) -> int:
+        return self._buckets.width_for(max((len(s.request.adapters) for s in sequences), default=0))
+
+    def _bank(self, width: int) -> Bank:
+        return self.bank.replace(width=width) if width else NO_ADAPTERS  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _prefill(self, pool: int, tiles: PromptTiles, width: int) -> tuple[StepOutput, jax.Array]:
+        name = prefill_name(tiles.tokens.shape[0], self._buckets.pools[pool], width, self.bank.rank)
         state = self._state(pool)
-        done = self._call(name, self._strategy.prefill, self._params, state, tiles)
+        done = self._call(name, self._strategy.prefill, self._params, self._bank(width), state, tiles)
         self._states[pool], output, hidden = done
         return output, hidden
 
@@ -93,10 +119,10 @@ class Runner:
         name = score_name(targets.shape[0])
         return self._call(name, score, self._params, hidden, targets, np.bool_(wants_top))
 
-    def _step(self, pool: int, active: np.ndarray) -> StepOutput:
-        name = decode_name(len(active), self._buckets.pools[pool])
-        state = self._state(pool)
-        self._states[pool], output = self._call(name, self._strategy.step, self._params, state, active)
+    def _step(self, pool: int, active: np.ndarray, width: int) -> StepOutput:
+        name = decode_name(len(active), self._buckets.pools[pool], width, self.bank.rank)
+        state, bank = self._state(pool), self._bank(width)
+        self._states[pool], output = self._call(name, self._strategy.step, self._params, bank, state, active)
         return output
 
     def _call(self, name: str, function: Any, *arguments: Any) -> Any:

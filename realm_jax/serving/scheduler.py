@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from realm_jax.buckets import Buckets
 from realm_jax.config import TILE
 from realm_jax.errors import CapacityError, RequestError
+from realm_jax.serving.adapters import AdapterSlots, LoadAdapter
 from realm_jax.serving.request import FinishReason, Request, Sequence
 from realm_jax.serving.slots import Slot, Slots
 
@@ -58,18 +59,25 @@ class Copy:
     to_slot: int
 
 
-Plan = Prefill | Decode | Copy
+Plan = Prefill | Decode | Copy | LoadAdapter
 
 
 class Scheduler:
     """Owns the slots of all pools and the order of work."""
 
     def __init__(
-        self, buckets: Buckets, context: int, *, max_queue: int | None = None, prefix_caching: bool = True
+        self,
+        buckets: Buckets,
+        context: int,
+        *,
+        max_queue: int | None = None,
+        max_loras: int = 0,
+        prefix_caching: bool = True,
     ) -> None:
         self.buckets = buckets
         self.context = context
         self.slots = Slots(buckets)
+        self.adapters = AdapterSlots(max_loras)
         self._max_queue = max_queue
         self._prefix_caching = prefix_caching
         self._waiting: list[
@@ -114,6 +122,8 @@ class Scheduler:
         """The next thing to do, counted as dispatched; None while nothing can run."""
         if (copy := self._move() or self._admit()) is not None:
             return copy
+        if (load := self.adapters.next_load()) is not None:
+            return load
         order = (self._prefill, self._decode) if self._prefill_is_next else (self._decode, self._prefill)
         for attempt in order:
             if (plan := attempt()) is not None:
@@ -148,6 +158,7 @@ class Scheduler:
             self.num_waiting -= 1
         else:
             self.slots.release(slot)
+            self.adapters.release(sequence.request.adapter_names)
         if sequence in self._prefilling:
             self._prefilling.remove(sequence)
 
@@ -178,7 +189,7 @@ class Scheduler:
             while self._waiting[0][2].finish_reason is not None:
                 heapq.heappop(self._waiting)
             sequence = self._waiting[0][2]
-            if (free := self._place_for(sequence)) is None:
+            if (free := self._place_for(sequence)) is None or not self._hold_adapters(sequence):
                 return None
             heapq.heappop(self._waiting)
             self.num_waiting -= 1
@@ -196,6 +207,14 @@ class Scheduler:
             if pool.capacity >= needed and (free := self.slots.free(i)):
                 return free
         return None
+
+    def _hold_adapters(self, sequence: Sequence) -> bool:
+        """Whether the bank has its adapters, or will have before anything else runs."""
+        names = sequence.request.adapter_names
+        if not self.adapters.acquire(names):
+            return False
+        sequence.bank_slots = tuple(self.adapters.index_of(name) or 0 for name in names)
+        return True
 
     def _begin(self, sequence: Sequence, free: list[Slot]) -> Copy | None:
         """The sequence holds one of these slots, with all of its prompt that was computed before."""

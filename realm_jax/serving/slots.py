@@ -75,6 +75,13 @@ class Slots:
         slot.sequence = None
         slot.used = next(self._clock)
 
+    def forget_adapter(self, name: str) -> None:
+        """Nothing stands in the slots that was computed with the adapter."""
+        for pool in self._pools:
+            for slot in pool:
+                if slot.request is not None and name in slot.request.adapter_names:
+                    slot.tiles = 0
+
     def forget(self) -> None:
         """Nothing stands in any slot: the device's memory was lost, or written to."""
         for pool in self._pools:

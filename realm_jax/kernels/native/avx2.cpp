@@ -21,10 +21,12 @@ namespace {
 #include "rope.inl"
 #include "attention.inl"
 #include "cache.inl"
+#include "low_rank.inl"
 
 }  // namespace
 
-extern const Kernels avx2_kernels = {"avx2", quantize, multiply, to_pairs, multiply_half, normalize, rotate, attend, write};
+extern const Kernels avx2_kernels = {"avx2", quantize, multiply, to_pairs, multiply_half, normalize, rotate, attend, write,
+                                  add_low_rank};
 
 }  // namespace realm
 

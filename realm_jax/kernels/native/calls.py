@@ -9,10 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int8, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Int8, UInt8, UInt16, UInt32
 
 from realm_jax.kernels import reference
+<<<<<<< HEAD
 from realm_jax.kernels.tiles import TileFormat, tiles_backward
+=======
+from realm_jax.kernels.low_rank import LowRankForm
+from realm_jax.kernels.tiles import TileFormat, dequantize_tiles
+>>>>>>> main
 
 
 def tiles_matmul(
@@ -163,6 +168,33 @@ def write_cache_int8(
     results = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (cache, scales)]
     call = jax.ffi.ffi_call("realm_cache_write_int8", results, input_output_aliases={3: 0, 4: 1})
     return tuple(call(x, _or_none(slots), positions, cache, scales))  # pyright: ignore[reportReturnType]
+
+
+def add_low_rank(
+    y: Float[Array, "*lead O"],
+    x: Float[Array, "B *lead I"],
+    bank: UInt16[Array, "L N"],
+    ranks: Int[Array, "L projections"],
+    index: Int[Array, "B A"],
+    scale: Float[Array, "B A"],
+    form: LowRankForm,
+) -> Float[Array, "*lead O"]:
+    """y and what `kernels.low_rank` adds to it, of factors in bf16 pairs; x and `x @ a` are rounded to bf16.
+
+    A pair of `a` is two neighbouring inputs, one of `b` two ranks; ranks: those of each slot and projection,
+    beyond which its factors are zeros and not read.
+    """
+    rows = y.reshape(-1, y.shape[-1])
+    result = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
+    call = jax.ffi.ffi_call("realm_low_rank", result, input_output_aliases={0: 0})
+    where: dict[str, Any] = {
+        "outputs": np.array(form.outputs, np.int64),
+        "rank": np.int64(form.rank),
+        "start": np.int64(form.start),
+        "column": np.int64(form.column),
+    }
+    changed = call(rows, x.reshape(-1, form.inputs), bank, ranks, index, scale, **where)
+    return changed.reshape(y.shape)  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
 
 def _or_none(slots: Array | None) -> Array:

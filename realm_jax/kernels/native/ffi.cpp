@@ -45,9 +45,9 @@ thread_local Memory own, shared;
 
 void* scratch(size_t bytes) { return own.at_least(bytes); }
 
-namespace {
-
 const Kernels* kernels = nullptr;  // chosen by realm_select
+
+namespace {
 
 // Numbers that one part of the work has at least: below, a second thread costs more than it saves.
 constexpr int64_t GRAIN = 1 << 15;

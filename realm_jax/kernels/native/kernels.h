@@ -103,6 +103,19 @@ struct CacheWrite {
   bool is_keys;
 };
 
+// What each row's adapters add to a projection of several parts, as kernels/low_rank.py describes; the bank in
+// bf16 pairs: a as [I / 2, parts, rank] of two inputs, b as [rank / 2, columns] of two ranks.
+struct LowRank {
+  const float* x;         // [M, I], `tokens` to a row
+  float* y;               // [M, width]
+  const uint16_t* bank;   // [slots, stride]
+  const int32_t* ranks;   // [slots, projections]: ranks beyond are zeros
+  const int32_t* index;   // [rows, adapters] slots; 0 or past the last: none
+  const float* scale;     // [rows, adapters]
+  const int64_t* outputs;  // [parts]
+  int64_t inputs, width, parts, rank, start, columns, stride, slots, projections, projection, adapters, tokens;
+};
+
 struct Kernels {
   const char* name;
   void (*quantize)(const Rows&, int64_t first, int64_t last);
@@ -113,7 +126,10 @@ struct Kernels {
   void (*rotate)(const Rope&, int64_t first, int64_t last);
   void (*attend)(const Attention&, int64_t first_item, int64_t last_item);
   void (*write)(const CacheWrite&, int64_t first_token, int64_t last_token);
+  void (*add_low_rank)(const LowRank&, int64_t first_token, int64_t last_token);
 };
+
+extern const Kernels* kernels;  // the set that was chosen
 
 // Memory of this thread, at least so many bytes at a 64-byte boundary, valid until the next call.
 void* scratch(size_t bytes);

@@ -17,9 +17,11 @@ namespace {
 #include "rope.inl"
 #include "attention.inl"
 #include "cache.inl"
+#include "low_rank.inl"
 
 }  // namespace
 
-extern const Kernels neon_kernels = {"neon", quantize, multiply, to_pairs, multiply_half, normalize, rotate, attend, write};
+extern const Kernels neon_kernels = {"neon", quantize, multiply, to_pairs, multiply_half, normalize, rotate, attend, write,
+                                  add_low_rank};
 
 }  // namespace realm

@@ -1,0 +1,196 @@
+"""Banks of adapters: their factors for every projection of a model, side by side on the device.
+
+A slot of a bank is one row of numbers; slot 0 stays zeros, for rows without an adapter. L slots, N numbers
+of a slot, M projections.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from realm_jax.architectures import Parameter, parameters
+from realm_jax.config import MAX_LORA_RANK, ModelConfig, Numerics
+from realm_jax.errors import UnsupportedError
+from realm_jax.kernels.low_rank import LANES, LowRankForm
+from realm_jax.lora import Adapter, LowRank
+from realm_jax.lora.banked import AdapterRows, Banked, NativeBanked
+from realm_jax.nodes import Kernel
+from realm_jax.weights import Params
+
+RANKS = tuple(LANES << i for i in range((MAX_LORA_RANK // LANES).bit_length()))
+"""The ranks that banks are made for; factors of fewer are filled up with zeros."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A projection that adapters may change: where it stands in the params and in a slot."""
+
+    path: tuple[str, ...]
+    tensors: tuple[str, ...]  # its parts
+    form: LowRankForm
+
+
+@struct.dataclass
+class Bank:
+    """The adapters of a model. One of no places changes nothing, and costs nothing.
+
+    width: how many adapters a row of the call may have; the first places of its row count.
+    """
+
+    factors: jax.Array | None  # [L, N] float32 or bfloat16; uint16 in pairs for the C++ kernel
+    ranks: jax.Array | None  # [L, M]
+    places: tuple[Place, ...] = struct.field(pytree_node=False)
+    node: type[Banked] = struct.field(pytree_node=False)
+    width: int = struct.field(pytree_node=False)
+
+    def adapt(self, params: Params, rows: AdapterRows) -> Params:
+        """The params with each row's adapters over their projections."""
+        rows = rows.first(self.width)
+        for place in self.places:
+            params = _wrapped(params, place.path, functools.partial(self._over, rows, place.form))
+        return params
+
+    def _over(self, rows: AdapterRows, form: LowRankForm, base: Kernel) -> Banked:
+        assert self.factors is not None and self.ranks is not None
+        return self.node(base, self.factors, self.ranks, rows, form)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that fits."""
+        return self.places[0].form.rank if self.places else 0
+
+
+NO_ADAPTERS = Bank(None, None, (), Banked, 0)
+
+
+def rank_bucket(rank: int) -> int:
+    """The rank of a bank that holds adapters of this one. Raises UnsupportedError past the largest."""
+    if rank > RANKS[-1]:
+        raise UnsupportedError(
+            f"the adapter's rank is {rank}; {RANKS[-1]} is the most for requests (fold it: --lora PATH)"
+        )
+    return next(each for each in RANKS if each >= rank)
+
+
+def empty_bank(config: ModelConfig, numerics: Numerics, slots: int, rank: int) -> Bank:
+    """A bank for so many adapters, and slot 0."""
+    places = tuple(_places(config, rank_bucket(rank)))
+    is_native = numerics.kernels == "native" and all(place.form.inputs % 2 == 0 for place in places)
+    shape = slots + 1, places[-1].form.stop
+    factors = jnp.zeros(shape, jnp.uint16 if is_native else numerics.dtype)
+    return Bank(
+        factors,
+        jnp.zeros((slots + 1, len(places)), jnp.int32),
+        places,
+        NativeBanked if is_native else Banked,
+        numerics.adapter_widths[-1],
+    )
+
+
+def bank_bytes(config: ModelConfig, numerics: Numerics, slots: int, rank: int) -> int:
+    """What the arrays of such a bank take."""
+    places = tuple(_places(config, rank_bucket(rank)))
+    each = 2 if numerics.dtype == "bfloat16" else 4
+    return (slots + 1) * (places[-1].form.stop * each + len(places) * 4)
+
+
+def check_adapter(adapter: Adapter, config: ModelConfig) -> None:
+    """Raises UnsupportedError for an adapter that only folding can apply."""
+    known = {tensor for place in _places(config, LANES) for tensor in place.tensors}
+    problems = [f"changes {name}" for name in adapter.deltas if name not in known]
+    problems += [f"replaces {name}" for name in adapter.replaced]
+    if adapter.magnitudes:
+        problems.append("is a DoRA")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UnsupportedError(
+            f"{adapter.name} {', '.join(problems[:5])}{more}: requests can name adapters of the layers' "
+            "projections alone; fold it into the model instead (--lora PATH)"
+        )
+    rank_bucket(adapter.rank)
+
+
+def put(bank: Bank, slot: int, adapter: Adapter) -> Bank:
+    """The bank with the adapter in a slot. The old bank's arrays are gone."""
+    assert bank.factors is not None and bank.ranks is not None
+    row, ranks = _row(bank, adapter)
+    factors, kept = _put(bank.factors, bank.ranks, row, ranks, np.int32(slot))
+    return bank.replace(factors=factors, ranks=kept)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _put(
+    factors: Array, ranks: Array, row: Array, row_ranks: Array, slot: Int[Array, ""]
+) -> tuple[Array, Array]:
+    zero = jnp.zeros((), jnp.int32)
+    return (
+        jax.lax.dynamic_update_slice(factors, row[None], (slot, zero)),
+        jax.lax.dynamic_update_slice(ranks, row_ranks[None], (slot, zero)),
+    )
+
+
+def _places(config: ModelConfig, rank: int) -> Iterable[Place]:
+    """Every matrix of the layers but those of experts, in the order in which the layers use them."""
+    start = 0
+    wanted = [p for p in parameters(config) if _is_projection(p)]
+    for column, p in enumerate(wanted):
+        outputs = tuple(part.shape[-2] for part in p.parts)
+        form = LowRankForm(p.parts[0].shape[-1], outputs, rank, start, column)
+        yield Place(p.path, tuple(f"{part.name}.weight" for part in p.parts), form)
+        start = form.stop
+
+
+def _is_projection(p: Parameter) -> bool:
+    return p.path[-1] == "kernel" and not p.is_vector and all(part.expert is None for part in p.parts)
+
+
+def _row(bank: Bank, adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
+    """The adapter's factors as a slot has them, and its ranks."""
+    numbers = np.zeros(bank.places[-1].form.stop, np.float32)
+    ranks = np.zeros(len(bank.places), np.int32)
+    is_native = bank.node is NativeBanked
+    for place in bank.places:
+        form = place.form
+        deltas = [adapter.deltas.get(name) for name in place.tensors]
+        ranks[form.column] = max((delta.rank for delta in deltas if delta is not None), default=0)
+        if not ranks[form.column]:
+            continue
+        for start, factor in zip((form.start, form.start_b), _factors(form, deltas), strict=True):
+            kept = _in_pairs(factor) if is_native else factor
+            numbers[start : start + factor.size] = kept.reshape(-1)
+    assert bank.factors is not None
+    if is_native:
+        return numbers.astype(ml_dtypes.bfloat16).view(np.uint16), ranks
+    return numbers.astype(bank.factors.dtype), ranks
+
+
+def _factors(form: LowRankForm, deltas: list[LowRank | None]) -> tuple[np.ndarray, np.ndarray]:
+    """a [I, P R] and b [R, padded outputs] of all parts, zeros where a part is not changed."""
+    a = np.zeros((form.inputs, len(deltas), form.rank), np.float32)
+    b = np.zeros((form.rank, sum(form.padded)), np.float32)
+    column = 0
+    for part, (delta, padded) in enumerate(zip(deltas, form.padded, strict=True)):
+        if delta is not None:
+            a[:, part, : delta.rank] = delta.a.T
+            b[: delta.rank, column : column + form.outputs[part]] = np.float32(delta.scale) * delta.b.T
+        column += padded
+    return a.reshape(form.inputs, -1), b
+
+
+def _in_pairs(factor: Float[np.ndarray, "I O"]) -> Float[np.ndarray, "pairs O 2"]:
+    """Two rows side by side."""
+    return factor.reshape(factor.shape[0] // 2, 2, -1).swapaxes(1, 2)
+
+
+def _wrapped(tree: Params, path: tuple[str, ...], wrap: Any) -> Params:
+    """The tree with the node at the path wrapped; the given one is left alone."""
+    name, *rest = path
+    return tree | {name: _wrapped(tree[name], tuple(rest), wrap) if rest else wrap(tree[name])}
