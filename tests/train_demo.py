@@ -18,10 +18,7 @@ import jax
 
 from realm_jax import LLM, SamplingParams
 from realm_jax.cli.lora_train import draw_losses
-from realm_jax.decoding import Autoregressive
-from realm_jax.serving.engine import Engine
 from realm_jax.training import Progress, Reader, Trainer, TrainingConfig, write_adapter
-from realm_jax.training.targets import adapted, deltas
 
 ROOT = Path(__file__).parents[1]
 KEYS = {"country", "capital"}
@@ -55,11 +52,11 @@ def write_examples(pairs: Sequence[Pair], path: Path) -> None:
                 file.write(json.dumps({"messages": turns}) + "\n")
 
 
-def measure(llm: LLM, pairs: Sequence[Pair]) -> dict[str, Any]:
+def measure(llm: LLM, pairs: Sequence[Pair], lora: str | None = None) -> dict[str, Any]:
     """Shares of answers that have the form, and the right capital; an answer to look at."""
     asked = [(form, pair) for pair in pairs for form in ASKED]
     prompts = [llm.chat_prompt([question(form, country)]) for form, (country, _) in asked]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=32))
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=32), lora=lora)
     found = [_parsed(output.text) for output in outputs]
     has_form = [
         answer.get("country") == country for answer, (_, (country, _)) in zip(found, asked, strict=True)
@@ -83,21 +80,6 @@ def _parsed(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) and set(value) == KEYS else {}
-
-
-def apply(llm: LLM, trainer: Trainer) -> None:
-    """The model answers with the adapter from now on."""
-    loaded, numerics = llm.model, llm.model.numerics
-    params = adapted(loaded.params, loaded.config, deltas(trainer.factors, trainer.config.scale))
-    llm.engine = Engine(
-        Autoregressive(llm.transformer, numerics),
-        llm.transformer,
-        params,
-        llm.tokenizer,
-        context=loaded.context,
-        config=llm.engine_config,
-        least_rows=numerics.least_rows,
-    )
 
 
 def main() -> None:
@@ -134,13 +116,13 @@ def main() -> None:
         "numbers": trainer.trained_numbers,
         "evaluations": trainer.history.evaluations,
     }
-    apply(llm, trainer)
-    after = measure(llm, others)
+    with tempfile.TemporaryDirectory() as folder:
+        output = options.output or Path(folder)
+        llm.load_adapter("capitals", write_adapter(trainer, llm.model, output))
+        after = measure(llm, others, lora="capitals")
     say(f"after: {after}")
     if options.plot is not None:
         draw_losses(trainer.history, "Capitals as JSON: SmolLM2 135M Instruct (Q4_1), rank 8", options.plot)
-    if options.output is not None:
-        write_adapter(trainer, llm.model, options.output)
     numerics = llm.model.numerics
     base = {"weights": numerics.weights, "kernels": numerics.kernels, "device": jax.default_backend()}
     print(json.dumps({**base, "before": before, "training": figures, "after": after}, ensure_ascii=False))

@@ -1,6 +1,7 @@
 """LoRA adapters: read from GGUF and PEFT files, applied to weight nodes."""
 
 from pathlib import Path
+from typing import Any
 
 from realm_jax.errors import ModelFileError
 from realm_jax.lora.adapter import Adapter, Base, LowRank
@@ -8,8 +9,9 @@ from realm_jax.lora.folded import FoldedFile
 from realm_jax.lora.gguf_adapter import read_gguf
 from realm_jax.lora.peft import CONFIG, WEIGHTS, read_peft
 from realm_jax.lora.safetensors_file import is_pickle, refuse_pickle
+from realm_jax.lora.summary import summarize_gguf, summarize_peft
 
-__all__ = ["Adapter", "Base", "FoldedFile", "LowRank", "locate", "read"]
+__all__ = ["Adapter", "Base", "FoldedFile", "LowRank", "is_gguf", "locate", "read", "summarize"]
 
 
 def read(path: Path, base: Base) -> Adapter:
@@ -21,6 +23,12 @@ def read(path: Path, base: Base) -> Adapter:
     """
     file = locate(path)
     return read_gguf(file, base) if is_gguf(file) else read_peft(file, base)
+
+
+def summarize(path: Path) -> dict[str, Any]:
+    """What the file says of itself, for a person or a script."""
+    file = locate(path)
+    return summarize_gguf(file) if is_gguf(file) else summarize_peft(file)
 
 
 def locate(path: Path) -> Path:

@@ -76,6 +76,7 @@ class Merge:
         return any(scale and adapter.changes(info.name) for adapter, scale in self.adapters)
 
     def _type_of(self, info: TensorInfo) -> GGMLType:
+        inputs = info.shape[-1]
         is_matrix = len(info.shape) > 1 and info.name.endswith(".weight")
         if self.kind is None:
             return info.ggml_type if info.ggml_type in PLAIN or not self._changes(info) else GGMLType.F16
@@ -83,7 +84,7 @@ class Merge:
             return GGMLType.F32 if self._changes(info) else info.ggml_type
         wanted = GGMLType[self.kind.upper()]
         is_router = info.name.endswith("ffn_gate_inp.weight") and wanted not in PLAIN
-        return GGMLType.F16 if is_router or info.shape[-1] % BLOCK_SIZES[wanted].elements else wanted
+        return GGMLType.F16 if is_router or inputs % BLOCK_SIZES[wanted].elements else wanted
 
     def _chunks(self, info: TensorInfo, kind: GGMLType) -> Iterator[writer.Chunk]:
         """The tensor's new bytes, some rows at a time."""

@@ -80,7 +80,7 @@ def _modules(file: SafetensorsFile, layout: Layout) -> dict[str, Module]:
     modules: dict[str, Module] = {}
     unknown: list[str] = []
     for name in file.entries:
-        module, key, kind = _parsed(name)
+        module, key, kind = parsed_name(name)
         if any(part in key for part in EXPERTS):
             raise UnsupportedError(
                 f"{file.path.name}: {shown(name)}: adapters of expert matrices are not supported "
@@ -102,7 +102,7 @@ def _modules(file: SafetensorsFile, layout: Layout) -> dict[str, Module]:
     return modules
 
 
-def _parsed(name: str) -> tuple[str, str, str]:
+def parsed_name(name: str) -> tuple[str, str, str]:
     """The module that a tensor belongs to, as the layout names it and as PEFT does, and what it is there."""
     rest = name.removeprefix(ROOT).replace(".default.", ".").removesuffix(".default")
     suffix = next((suffix for suffix in KINDS if rest.endswith(suffix)), "")

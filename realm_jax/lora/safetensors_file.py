@@ -51,8 +51,9 @@ class SafetensorsFile:
 def is_pickle(path: Path) -> bool:
     """Whether the file begins as torch.save's do, whatever its name."""
     with path.open("rb") as file:
-        start = file.read(4)
-    return start == ZIP or start[:1] == PICKLE
+        start = file.read(9)
+    # the low bytes of a safetensors header's length may be anything; its text begins after them
+    return start[8:] != b"{" and start.startswith((ZIP, PICKLE))
 
 
 def refuse_pickle(path: Path) -> NoReturn:

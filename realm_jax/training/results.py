@@ -6,10 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from realm_jax import gguf
 from realm_jax.errors import RequestError
 from realm_jax.loading import LoadedModel
-from realm_jax.lora import Base
 from realm_jax.lora.export import write_gguf, write_peft
 from realm_jax.training.data import Reader
 from realm_jax.training.settings import TrainingConfig
@@ -46,10 +44,8 @@ def write_adapter(trainer: Trainer, model: LoadedModel, folder: Path) -> Path:
     adapter = trainer.adapter(folder.absolute().name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with gguf.open(model.path) as file:
-            base = Base.of(file, model.config)
-        write_gguf(adapter, base, path)
-        write_peft(adapter, base, folder / "peft")
+        write_gguf(adapter, model.base, path)
+        write_peft(adapter, model.base, folder / "peft")
         (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     except OSError as error:
         raise RequestError(f"{error.filename or folder}: {error.strerror}") from error

@@ -12,12 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int8, UInt8, UInt16, UInt32
 
 from realm_jax.kernels import reference
-<<<<<<< HEAD
-from realm_jax.kernels.tiles import TileFormat, tiles_backward
-=======
 from realm_jax.kernels.low_rank import LowRankForm
-from realm_jax.kernels.tiles import TileFormat, dequantize_tiles
->>>>>>> main
+from realm_jax.kernels.tiles import TileFormat, tiles_backward
 
 
 def tiles_matmul(

@@ -1,0 +1,67 @@
+"""`realm lora merge`: adapters folded into a model file."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from realm_jax.cli import options
+from realm_jax.cli.adapters import opened_base, scaled
+from realm_jax.cli.flags import flag
+from realm_jax.errors import RequestError
+
+
+def merge(
+    *,
+    model: options.Model = None,
+    lora: Annotated[
+        list[str] | None,
+        flag(
+            "--lora", "An adapter, and what its change is multiplied by; repeatable.", metavar="PATH[:SCALE]"
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The merged model.", metavar="OUT.gguf")],
+    kind: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None,
+        typer.Option(
+            "--type",
+            help="The type of all matrices.  [default: each keeps its type, but changed ones that were "
+            "quantized take f16]",
+            show_default=False,
+        ),
+    ] = None,
+    offline: options.Offline = False,
+) -> None:
+    """Fold adapters into a model: W + scale * B A. Several add.
+
+    Tensors are read and written one after another, so memory stays small. All metadata is kept.
+
+    Example: realm lora merge -m model.gguf --lora adapter.gguf:0.5 -o merged.gguf
+    """
+    from realm_jax.lora import read
+    from realm_jax.lora.merge import Merge
+
+    if not lora:
+        raise RequestError("nothing to merge; give at least one --lora PATH[:SCALE]")
+    with opened_base(model, offline=offline) as (file, base):
+        if output.exists() and any(output.samefile(part) for part in file.split_paths):
+            raise RequestError(f"-o {output} is the model itself; give another path")
+        adapters = [(read(path, base), scale) for path, scale in map(scaled, lora)]
+        Merge(file, adapters, kind).write(output, _progress(len(file.tensors)))
+        changed = sum(any(adapter.changes(name) for adapter, _ in adapters) for name in file.tensors)
+    print(f"{changed} of {len(base.shapes)} tensors changed", file=sys.stderr)
+    print(output)
+
+
+def _progress(total: int) -> Callable[[str], None]:
+    """Shows each tensor as it is begun: a bar on a terminal, else one line at the start."""
+    from rich.console import Console
+    from rich.progress import track
+
+    if not sys.stderr.isatty():
+        print(f"writing {total} tensors", file=sys.stderr)
+        return lambda _: None
+    bar = iter(track(range(total), "writing", console=Console(stderr=True), transient=True))
+    return lambda _: next(bar, None)  # pyright: ignore[reportReturnType]: what it gives is not used
