@@ -96,6 +96,11 @@ class LLM:
         """
         self.engine.load_adapter(name, read_adapter(Path(path), self.model.base))
 
+    def adapter_digests(self) -> dict[str, Any]:
+        """What tells this model's adapters from others: those that are folded in, and those by name."""
+        named = {name: adapter.digest() for name, adapter in self.engine.adapters.items()}
+        return {"folded": [[adapter.digest(), scale] for adapter, scale in self.model.folded], "named": named}
+
     def unload_adapter(self, name: str) -> None:
         """The adapter is gone. Raises RequestError while a request uses it."""
         self.engine.unload_adapter(name)

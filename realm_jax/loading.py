@@ -16,7 +16,7 @@ from realm_jax.cache import cached_bytes
 from realm_jax.chat import ChatTemplate
 from realm_jax.config import EngineConfig, ModelConfig, Numerics
 from realm_jax.errors import CapacityError, UnsupportedError
-from realm_jax.lora import Base, FoldedFile
+from realm_jax.lora import Adapter, Base, FoldedFile
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
 
@@ -36,6 +36,7 @@ class LoadedModel:
     context: int
     numerics: Numerics
     base: Base  # what adapters must fit
+    folded: tuple[tuple[Adapter, float], ...]
     seconds: float
 
     def require_template(self) -> ChatTemplate:
@@ -63,7 +64,8 @@ def load_model(
         template = ChatTemplate.from_metadata(file.metadata, path.name, **_special_texts(tokenizer))
         context = config.context_for(model)
         base = Base.of(file, model)
-        folded = FoldedFile(file, [(lora.read(each, base), scale) for each, scale in fold])
+        adapters = tuple((lora.read(each, base), scale) for each, scale in fold)
+        folded = FoldedFile(file, adapters)
         _check_budget(folded, model, config, context, numerics)
         params = weights.load(
             folded,
@@ -76,7 +78,9 @@ def load_model(
         metadata = file.metadata
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start
-    return LoadedModel(path, model, metadata, params, tokenizer, template, context, numerics, base, seconds)
+    return LoadedModel(
+        path, model, metadata, params, tokenizer, template, context, numerics, base, adapters, seconds
+    )
 
 
 def _check_budget(

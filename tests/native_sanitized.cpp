@@ -235,6 +235,28 @@ static bool attention(const Kernels& kernels, const Draw& draw) {
   });
 }
 
+static bool low_rank(const Kernels& kernels) {
+  LowRank p{};
+  const int64_t rows = from(1, 4), outputs[] = {from(1, 40), from(1, 40), from(1, 40)};
+  p.tokens = maybe() ? 1 : from(1, 20), p.adapters = from(1, 4), p.slots = from(1, 4), p.inputs = 2 * from(1, 60);
+  p.parts = from(1, 3), p.rank = LANES * from(1, 3), p.start = 2 * from(0, 9), p.projections = from(1, 3);
+  p.projection = from(0, p.projections - 1), p.outputs = outputs;
+  for (int64_t part = 0; part < p.parts; part++) p.width += outputs[part], p.columns += (outputs[part] + LANES - 1) / LANES * LANES;
+  p.stride = p.start + p.rank * (p.inputs * p.parts + p.columns) + 2 * from(0, 9);
+  const int64_t M = rows * p.tokens;
+  Buffer<float> x(M * p.inputs), y(M * p.width), scale(rows * p.adapters);
+  Buffer<uint16_t> bank(p.slots * p.stride);
+  Buffer<int32_t> ranks(p.slots * p.projections), index(rows * p.adapters);
+  x.fill(number), scale.fill(number), bank.fill(bf16);
+  ranks.fill([&] { return static_cast<int32_t>(from(-1, p.rank + 1)); });
+  index.fill([&] { return static_cast<int32_t>(from(-1, p.slots)); });
+  p.x = x.data, p.y = y.data, p.bank = bank.data, p.ranks = ranks.data, p.index = index.data, p.scale = scale.data;
+  return same(y, [&](auto divide) {
+    y.fill([] { return 0.5f; });
+    divide(M, [&](int64_t first, int64_t last) { kernels.add_low_rank(p, first, last); });
+  });
+}
+
 static bool run(const Kernels& kernels, long cases) {
   for (long i = 0; i < cases; i++) {
     const std::pair<const char*, bool> good[] = {
@@ -246,7 +268,8 @@ static bool run(const Kernels& kernels, long cases) {
         {"bf16 attention", attention<uint16_t>(kernels, bf16)},
         {"int8 attention", attention<int8_t>(kernels, [] { return static_cast<int8_t>(from(-127, 127)); })},
         {"bf16 cache", cache_write<uint16_t>(kernels)},
-        {"int8 cache", cache_write<int8_t>(kernels)}};
+        {"int8 cache", cache_write<int8_t>(kernels)},
+        {"low rank", low_rank(kernels)}};
     for (const auto& [what, is_same] : good)
       if (!is_same) return std::printf("%s, case %ld: %s has other bits\n", kernels.name, i, what), false;
   }

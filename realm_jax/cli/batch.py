@@ -34,10 +34,14 @@ def batch(
     max_num_seqs: Annotated[
         int, typer.Option("--max-num-seqs", help="Sequences that run at once.", metavar="N")
     ] = 32,
+    max_loras: Annotated[
+        int, typer.Option("--max-loras", help="Adapters on the device at once.", metavar="N")
+    ] = 8,
     engine: options.EngineFlags,
 ) -> None:
     """Answer a file of requests: OpenAI batch lines, or {"id", "prompt" | "messages", ...sampling}.
 
+    A line's "lora" names an adapter of --lora NAME=PATH, or is a list of [name, scale]; so may "model".
     Results are written as they finish, one line each; a bad line becomes an error line. After an
     interruption, --resume does what is left and gives the same set of lines.
 
@@ -53,7 +57,7 @@ def batch(
     from realm_jax.serving.batch import BatchJob
 
     status = Status()
-    llm = open_model(engine, status, max_num_seqs=max_num_seqs)
+    llm = open_model(engine, status, names_adapters=True, max_num_seqs=max_num_seqs, max_loras=max_loras)
     job = BatchJob(llm, source, output, seed=seed, shard=part)
     report = _Report()
     status.answering()

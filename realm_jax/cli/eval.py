@@ -66,6 +66,10 @@ def _model_options(engine: options.EngineFlags) -> dict[str, Any]:
     given = {f.name: value for f in fields if (value := getattr(engine, f.name)) != f.default}
     if "memory" in given:
         given["memory"] = options.memory_bytes(given["memory"])
+    if values := given.pop("lora", None):
+        if (parsed := options.adapters(values))["lora"]:
+            raise RequestError("--lora NAME=PATH: a task names no adapters; fold one with --lora PATH")
+        given["fold"] = parsed["fold"]
     return {"model": hub.DEFAULT_MODEL} | given
 
 

@@ -1,7 +1,8 @@
 """Flags that several commands share, in groups: a command takes a group as one parameter."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from realm_jax.cli.flags import flag
 from realm_jax.errors import RequestError
@@ -100,6 +101,15 @@ class EngineFlags:
         flag("--kernels", "Who multiplies: C++ (on CPU), or XLA alone."),
     ] = "auto"
     kv_dtype: Annotated[KVName, flag("--kv-dtype", "Storage of the KV cache.")] = "auto"
+    lora: Annotated[
+        list[str] | None,
+        flag(
+            "--lora",
+            "An adapter (GGUF or PEFT) to fold into the weights; with NAME=, one that requests may name "
+            "(realm batch). Repeatable.",
+            metavar="PATH[:SCALE] | NAME=PATH",
+        ),
+    ] = None
     deterministic: Annotated[
         bool,
         flag(
@@ -108,6 +118,30 @@ class EngineFlags:
         ),
     ] = False
     offline: Offline = False
+
+
+def adapters(values: list[str] | None) -> dict[str, Any]:
+    """`lora` and `fold` of `LLM`, of the values of --lora."""
+    named: dict[str, Path] = {}
+    folded: list[tuple[Path, float]] = []
+    for value in values or ():
+        name, equals, path = value.partition("=")
+        if equals and name and "/" not in name:
+            if name in named:
+                raise RequestError(f"--lora {value}: adapter {name!r} is named twice; choose another name")
+            named[name] = Path(path)
+            continue
+        path, colon, number = value.rpartition(":")
+        scale = _number(number) if colon else None
+        folded.append((Path(value), 1.0) if scale is None else (Path(path), scale))
+    return {"lora": named, "fold": folded}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def memory_bytes(text: str | None) -> int | None:

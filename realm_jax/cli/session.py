@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from realm_jax.cli.options import EngineFlags, SamplingFlags, memory_bytes
+from realm_jax.cli.options import EngineFlags, SamplingFlags, adapters, memory_bytes
 from realm_jax.cli.text import size
 from realm_jax.errors import ModelFileError, RequestError
 from realm_jax.llm import LLM
@@ -73,17 +73,24 @@ class Status:
             self._spinner.stop()
 
 
-def open_model(flags: EngineFlags, status: Status, *, max_num_seqs: int) -> LLM:
-    """The model, loaded with progress on stderr."""
+def open_model(flags: EngineFlags, status: Status, *, names_adapters: bool = False, **config: Any) -> LLM:
+    """The model, loaded with progress on stderr.
+
+    names_adapters: whether requests can name adapters. config: further fields of `EngineConfig`.
+    """
     options = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
-    options["memory"] = memory_bytes(flags.memory)
+    options |= config | {"memory": memory_bytes(flags.memory)} | adapters(flags.lora)
+    if options["lora"] and not names_adapters:
+        name, path = next(iter(options["lora"].items()))
+        raise RequestError(
+            f"--lora {name}={path}: nothing here can name an adapter; fold it with --lora {path}"
+        )
     try:
         return LLM(
             options.pop("model"),
             on_load=status.loading,
             on_compile=status.compiling,
             on_notice=lambda notice: print(f"note: {notice}", file=sys.stderr),
-            max_num_seqs=max_num_seqs,
             **options,
         )
     finally:

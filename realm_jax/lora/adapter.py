@@ -3,6 +3,7 @@
 R rank, I inputs, O outputs of a matrix.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -50,6 +51,18 @@ class Adapter:
     def rank(self) -> int:
         """The largest rank of a delta."""
         return max((delta.rank for delta in self.deltas.values()), default=0)
+
+    def digest(self) -> str:
+        """A name for what it changes, the same for any file that says the same."""
+        found = hashlib.sha256()
+        for name in sorted(self.deltas):
+            delta = self.deltas[name]
+            found.update(f"{name} {delta.a.shape} {delta.scale!r}\0".encode())
+            found.update(delta.a.tobytes() + delta.b.tobytes())
+        for kind in (self.replaced, self.magnitudes):
+            for name in sorted(kind):
+                found.update(f"{name} {kind[name].shape}\0".encode() + kind[name].tobytes())
+        return found.hexdigest()
 
     def changes(self, name: str) -> bool:
         """Whether the tensor is another with this adapter."""

@@ -130,7 +130,8 @@ class BatchJob:
         if seed is None:
             digest = hashlib.sha256(f"{self._seed}\n{custom_id}".encode()).digest()
             seed = int.from_bytes(digest[:7], "big")
-        return Request(custom_id, tuple(task.prompt_ids(self._llm)), task.params, seed)
+        ids, adapters = tuple(task.prompt_ids(self._llm)), task.adapters(self._llm.engine.adapters)
+        return Request(custom_id, ids, task.params, seed, adapters=adapters)
 
     def _start(self, resume: bool, retry_errors: bool) -> set[str]:
         """The ids that are done already; the output is whole and the manifest stands."""
@@ -158,6 +159,7 @@ class BatchJob:
             "weights": model.numerics.weights,
             "kernels": model.numerics.kernels,
             "ctx_size": model.context,
+            "adapters": self._llm.adapter_digests(),
             "seed": self._seed,
             "shard": list(self._shard),
         }

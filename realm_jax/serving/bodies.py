@@ -1,13 +1,13 @@
 """OpenAI's request and response bodies: JSON objects to tasks, and outputs back to JSON objects."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from realm_jax.errors import RequestError, UnsupportedError
 from realm_jax.llm import LLM
 from realm_jax.params import SamplingParams
-from realm_jax.serving.request import GenerationOutput, TokenLogprob
+from realm_jax.serving.request import Adapters, GenerationOutput, TokenLogprob, chosen_adapters
 from realm_jax.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -28,7 +28,7 @@ SAMPLING = (
     "prompt_logprobs",
     "n",
 )
-IGNORED = ("model", "user", "metadata", "store")  # they change no answer
+IGNORED = ("model", "user", "metadata", "store")  # they change no answer, unless an adapter is named so
 HARMLESS = {"stream": False, "suffix": None, "best_of": 1, "tools": None, "tool_choice": None}
 
 
@@ -41,6 +41,13 @@ class Task:
     messages: list[dict[str, Any]] | None
     params: SamplingParams
     echo: bool = False  # the answer begins with the prompt
+    lora: Adapters = None
+    model: str | None = None
+
+    def adapters(self, loaded: Container[str]) -> tuple[tuple[str, float], ...]:
+        """Those that `lora` asks for, or else `model`, where it is the name of one that is loaded."""
+        named = self.model if self.model is not None and self.model in loaded else None
+        return chosen_adapters(named if self.lora is None else self.lora)
 
     def prompt_ids(self, llm: LLM) -> list[int]:
         """The tokens to continue. Raises RequestError for messages that the template refuses."""
@@ -66,7 +73,7 @@ def read_body(url: object, body: Mapping[str, Any]) -> Task:
     if url not in (COMPLETIONS, CHAT):
         raise UnsupportedError(f"url is {url!r}; supported: {COMPLETIONS}, {CHAT}")
     own = ("messages", "max_completion_tokens", "top_logprobs") if url == CHAT else ("prompt", "echo")
-    known = {*SAMPLING, *IGNORED, *HARMLESS, *own, "logprobs", "logit_bias"}
+    known = {"lora", *SAMPLING, *IGNORED, *HARMLESS, *own, "logprobs", "logit_bias"}
     if unknown := sorted(body.keys() - known):
         raise UnsupportedError(f"unknown field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     for field, harmless in HARMLESS.items():
@@ -78,7 +85,9 @@ def read_body(url: object, body: Mapping[str, Any]) -> Task:
         raise RequestError("messages is missing")
     if not isinstance(echo := body.get("echo") or False, bool):
         raise RequestError(f"echo is {echo!r}; it must be true or false")
-    return Task(str(url), prompt, messages, _params(url == CHAT, body), echo)
+    chosen_adapters(body.get("lora"))  # refused here if it is none
+    model = body.get("model") if isinstance(body.get("model"), str) else None
+    return Task(str(url), prompt, messages, _params(url == CHAT, body), echo, body.get("lora"), model)
 
 
 def _params(is_chat: bool, body: Mapping[str, Any]) -> SamplingParams:

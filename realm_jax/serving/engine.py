@@ -6,7 +6,7 @@ import heapq
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -187,9 +187,9 @@ class Engine:
             slots.release(names)
 
     @property
-    def adapters(self) -> list[str]:
-        """The names that requests may use."""
-        return sorted(self._adapters)
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Those that requests may name."""
+        return self._adapters
 
     def warmup(self) -> int:
         """Every program that the configuration can reach is compiled; returns how many there are.
@@ -296,7 +296,7 @@ class Engine:
             del self._transcripts[request_id]
 
     def _loaded(self) -> str:
-        return f"loaded: {', '.join(self.adapters)}" if self._adapters else "none is loaded"
+        return f"loaded: {', '.join(sorted(self._adapters))}" if self._adapters else "none is loaded"
 
     def _check_adapters(self, adapters: tuple[tuple[str, float], ...]) -> None:
         most = min(MAX_LORAS_PER_REQUEST, self._max_loras)
