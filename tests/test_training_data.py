@@ -90,7 +90,7 @@ def test_an_end_token_is_added_where_the_template_has_none(tokenizer: Tokenizer,
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Tokenizer):
     reader = Reader(tokenizer, ChatTemplate(FORGETFUL), 64)
-    assert learned(reader, reader.example({"messages": turns("hi", "yes")})) == ["yes</s>"]
+    assert learned(reader, reader.example({"messages": turns("hi", "yes")})) == [" yes</s>"]
     with pytest.raises(RequestError, match=r"messages\[1\]: the chat template shows a turn otherwise"):
         reader.example({"messages": turns("hi", "yes", "more", "no")})
 

@@ -41,7 +41,9 @@ B, T = 3, 24
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("mixed") / "mixed.gguf", ffn=160, kinds=KINDS, seed=5)
+    return write_model(
+        tmp_path_factory.mktemp("mixed") / "mixed.gguf", layers=1, ffn=160, kinds=KINDS, seed=5
+    )
 
 
 def loaded(path: Path, **options: Any) -> LoadedModel:

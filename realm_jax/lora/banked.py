@@ -3,6 +3,8 @@
 B rows, A adapters of a row, L slots, N numbers of a slot.
 """
 
+from typing import Any
+
 import jax
 from flax import struct
 from jaxtyping import Array, Float
@@ -16,8 +18,8 @@ from realm_jax.nodes import Kernel
 class AdapterRows:
     """The adapters of each row: slots of the bank, 0 for none, and what each is multiplied by."""
 
-    index: jax.Array  # [B, A] int32
-    scale: jax.Array  # [B, A] float32
+    index: Any  # [B, A] int32, of JAX or NumPy
+    scale: Any  # [B, A] float32
 
     def first(self, width: int) -> "AdapterRows":
         """The first `width` adapters of each row."""
