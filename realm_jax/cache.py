@@ -1,9 +1,9 @@
-"""Per-layer decode state. Every leaf leads with the slot axis; only lengths say what is valid.
+"""Per-layer decode state. Every leaf leads with slots, heads, positions; only lengths say what is valid.
 
 S slots, C capacity, K kv heads, H head dim, B rows, T new tokens, N query heads.
 """
 
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,17 @@ from realm_jax.kernels.tiles import LANES
 
 Slots = Int[Array, "B"] | None
 """The slot of each row; None where row b is slot b."""
+
+
+@runtime_checkable
+class Rotation(Protocol):
+    """The turns of a call's positions, as `nodes.Rotation` has them."""
+
+    cos: jax.Array  # [B, T, P]
+    sin: jax.Array  # [B, T, P]
+    interleaved: bool
+
+    def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]: ...
 
 
 @runtime_checkable
@@ -49,6 +60,23 @@ class Cache(Protocol):
         """What each query sees of its slot."""
         ...
 
+    def extend(
+        self,
+        heads: Float[Array, "B T N+2*K H"],
+        turn: Rotation,
+        slots: Slots,
+        positions: Int[Array, "B T"],
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> "tuple[Float[Array, 'B T N H'], Cache]":
+        """What each query sees of its slot once the new keys and values stand there.
+
+        heads: queries, then keys, then values; the first two are turned.
+        """
+        ...
+
 
 def empty_cache(shape: tuple[int, int, int, int], numerics: Numerics) -> Cache:
     """An empty cache [S, K, C, H] that stores float32, bfloat16 or int8."""
@@ -73,8 +101,21 @@ def cached_bytes(model: ModelConfig, kv_dtype: str) -> int:
     return 2 * model.num_layers * model.num_kv_heads * head[kv_dtype]
 
 
+class Stepwise:
+    """A cache whose `extend` is what its words say, one after the other."""
+
+    def extend(
+        self: Any, heads: Array, turn: Rotation, slots: Slots, positions: Array, **how: Any
+    ) -> tuple[Array, Any]:
+        """As `Cache.extend`."""
+        kv = self.k.shape[1]
+        q, k, v = jnp.split(heads, (heads.shape[2] - 2 * kv, heads.shape[2] - kv), axis=2)
+        cache = self.write(turn(k), v, slots, positions)
+        return cache.attend(turn(q), slots, positions, **how), cache
+
+
 @struct.dataclass
-class KVCache:
+class KVCache(Stepwise):
     """Keys and values as numbers.
 
     bf16 is kept as its bits in uint16: XLA's CPU backend widens a bf16 update in place to a rewrite of
@@ -107,7 +148,7 @@ class KVCache:
 
 
 @struct.dataclass
-class Int8Cache:
+class Int8Cache(Stepwise):
     """Keys and values as int8 codes, each token's head with a scale of its own."""
 
     attention: ClassVar = staticmethod(attention)
@@ -158,6 +199,14 @@ class NativeKVCache(KVCache):
         k = calls.write_cache(k, slots, positions, self.k, is_keys=True)
         return NativeKVCache(k, calls.write_cache(v, slots, positions, self.v, is_keys=False))
 
+    def extend(
+        self, heads: Array, turn: Rotation, slots: Slots, positions: Array, **how: Any
+    ) -> "tuple[Array, NativeKVCache]":
+        """As `Cache.extend`, in one call."""
+        turns = turn.cos, turn.sin, turn.interleaved
+        out, kept = calls.extend(heads, *turns, slots, positions, (self.k, self.v), **how)
+        return out, NativeKVCache(*kept)
+
 
 @struct.dataclass
 class NativeInt8Cache(Int8Cache):
@@ -170,6 +219,15 @@ class NativeInt8Cache(Int8Cache):
         k, k_scale = calls.write_cache_int8(k, slots, positions, self.k, self.k_scale)
         v, v_scale = calls.write_cache_int8(v, slots, positions, self.v, self.v_scale)
         return NativeInt8Cache(k, v, k_scale, v_scale)
+
+    def extend(
+        self, heads: Array, turn: Rotation, slots: Slots, positions: Array, **how: Any
+    ) -> "tuple[Array, NativeInt8Cache]":
+        """As `Cache.extend`, in one call."""
+        turns = turn.cos, turn.sin, turn.interleaved
+        kept = self.k, self.v, self.k_scale, self.v_scale
+        out, kept = calls.extend(heads, *turns, slots, positions, kept, **how)
+        return out, NativeInt8Cache(*kept)
 
 
 def _places(slots: Slots, positions: Int[Array, "B T"]) -> tuple[Array, slice, Array]:

@@ -76,14 +76,13 @@ class Attention(nn.Module):
         B, T, D = x.shape
         heads = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, name="qkv")(x)
         heads = heads.reshape(B, T, -1, c.head_dim)
-        q, k, v = jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
         if c.qk_norm:
+            q, k, v = jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
             q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
-        turn = where.rotations[self.kind.rope]
-        q, k = turn(q), turn(k)
-        cache = cache.write(k, v, where.slots, where.positions)
-        out = cache.attend(
-            q,
+            heads = jnp.concatenate([q, k, v], axis=2)
+        out, cache = cache.extend(
+            heads,
+            where.rotations[self.kind.rope],
             where.slots,
             where.positions,
             scale=c.attention_scale,

@@ -30,8 +30,8 @@ def configure(config: EngineConfig) -> None:
         jax.config.update("jax_platforms", name)
     try:
         jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:  # asserted where only CUDA may be used and there is none
+        reason = next(iter(str(error).splitlines()), "JAX sees no such device")
         raise RequestError(f"device {config.device!r} is not available: {reason}") from error
     if jax.default_backend() == "cpu":
         _keep_freed_memory()

@@ -103,7 +103,7 @@ def logits(
         part = token_ids[start : start + len(tiles)]
         tiles[: len(part)] = part
         shaped = tiles.reshape(-1, TILE)
-        rows = AdapterRows(*(np.repeat(x, len(shaped), axis=0) for x in (index, scale)))  # pyright: ignore[reportArgumentType]: jit takes NumPy's
+        rows = AdapterRows(*(np.repeat(x, len(shaped), axis=0) for x in (index, scale)))
         scores, caches = _forward(model, params, bank, rows, caches, shaped, np.int32(start))
         found.append(np.asarray(scores).reshape(len(tiles), -1)[: len(part)])
         start += len(part)

@@ -1,9 +1,10 @@
-"""Schedulers with one fault each, which the search for a scenario must find."""
+"""Schedulers with one fault each, which the search for a scenario must find; those of slots are next door."""
 
 import heapq
 from collections.abc import Iterable
 from dataclasses import replace
 
+import broken_slots
 from scenarios import MAX_LORAS, Scenario
 from simulation import scheduler_of
 
@@ -57,8 +58,8 @@ class StepsFirst(Scheduler):
 
 
 class NeverMoves(Scheduler):
-    def _move(self) -> Copy | None:
-        return None
+    def _move(self) -> None:
+        return
 
 
 class FirstPoolFirst(Scheduler):
@@ -79,10 +80,10 @@ class Crowds(Scheduler):
 class LetsInTooMany(Scheduler):
     """Prompts get slots long before they can be computed, and miss what those before them compute."""
 
-    def _admit(self) -> Copy | None:
+    def _admit(self) -> None:
         prefilling, self._prefilling = self._prefilling, []
         try:
-            return super()._admit()
+            super()._admit()
         finally:
             self._prefilling = prefilling + self._prefilling
 
@@ -98,13 +99,13 @@ class IgnoresPriority(Scheduler):
 class PassesOver(Scheduler):
     """Where the first that waits does not fit, the second is let in."""
 
-    def _admit(self) -> Copy | None:
+    def _admit(self) -> None:
         live = sorted(each for each in self._waiting if each[2].finish_reason is None)
         if len(live) > 1 and self._place_for(live[0][2]) is None:
             self._waiting = [(live[1][0], live[0][1], live[1][2]), (live[1][0], live[1][1], live[0][2])]
             self._waiting += live[2:]
             heapq.heapify(self._waiting)
-        return super()._admit()
+        super()._admit()
 
 
 class CountsTheQueueWrong(Scheduler):
@@ -159,42 +160,76 @@ class EndsOnlyWithATile(Scheduler):
 
 
 class AlwaysReuses(Scheduler):
-    def _begin(self, sequence: Sequence, free: list[Slot]) -> Copy | None:
+    def _begin(self, sequence: Sequence, free: list[Slot]) -> None:
         self._prefix_caching = True
-        return super()._begin(sequence, free)
+        super()._begin(sequence, free)
 
 
 class ForgetsToCopy(Scheduler):
     """A prefix counts as reused, and is not copied."""
 
-    def _begin(self, sequence: Sequence, free: list[Slot]) -> Copy | None:
+    def _begin(self, sequence: Sequence, free: list[Slot]) -> None:
         super()._begin(sequence, free)
+        self._copies.clear()
+
+
+class LosesWhatStood(Scheduler):
+    """A slot is taken without a look at what it holds, however many others stand empty."""
+
+    def _keep(self, target: Slot, request: Request, source: Slot | None) -> None:
+        return
+
+
+class KeepsWhatItWillHave(Scheduler):
+    """A prompt that goes on from what its slot holds has that copied aside."""
+
+    def _keep(self, target: Slot, request: Request, source: Slot | None) -> None:
+        super()._keep(target, replace(request, prompt_ids=()), source)
+
+
+class KeepsOverTheSource(Scheduler):
+    """The prefix that a prompt reuses may be overwritten before it is copied."""
+
+    def _keep(self, target: Slot, request: Request, source: Slot | None) -> None:
+        super()._keep(target, request, None)
+
+
+class KeepsTwice(Scheduler):
+    """A prefix that moved to another slot also keeps the one it had."""
+
+    def _begin(self, sequence: Sequence, free: list[Slot]) -> None:
+        before = {slot: slot.tiles for slots in self.slots._pools for slot in slots}
+        super()._begin(sequence, free)
+        copy = self._copies[-1] if self._copies else None
+        if copy is not None and copy.from_pool == copy.to_pool:
+            source = self.slots[copy.from_pool][copy.from_slot]
+            source.tiles = source.tiles or before[source]
+
+
+class CopiesLess(Scheduler):
+    """Of a slot that a sequence leaves, only its prompt is copied."""
+
+    def _move(self) -> None:
+        super()._move()
+        if self._copies:
+            copy = self._copies.pop()
+            self._copies.append(replace(copy, tiles=self.slots[copy.to_pool][copy.to_slot].tiles))
 
 
 class MovesTheLatest(Scheduler):
     """A sequence that filled its slot waits for those that came later."""
 
-    def _move(self) -> Copy | None:
+    def _move(self) -> None:
         for source, slots in enumerate(self.slots._pools[:-1]):
             for slot in sorted(slots, key=lambda slot: -slot.used):
                 sequence, free = slot.sequence, self.slots.free(source + 1)
                 if free and sequence and sequence.wants_step and not self._fits_step(sequence, source):
+                    self._keep(free[0], sequence.request, None)
+                    tiles = self.buckets.pools[source].capacity // TILE
+                    self._copies.append(Copy(source, slot.index, source + 1, free[0].index, tiles))
                     self.slots.take(free[0], sequence, slot.tiles)
                     self.slots.release(slot)
-                    return Copy(source, slot.index, source + 1, free[0].index)
-        return None
-
-
-class IgnoresTenant(Slot):
-    def shared_tiles(self, request: Request) -> int:
-        own = self.request or request
-        return super().shared_tiles(replace(request, tenant=own.tenant))
-
-
-class IgnoresAdapter(Slot):
-    def shared_tiles(self, request: Request) -> int:
-        own = self.request or request
-        return super().shared_tiles(replace(request, adapters=own.adapters))
+                    return
 
 
 class LeaksAdapters(AdapterSlots):
@@ -218,89 +253,12 @@ class NeverLoads(Scheduler):
         return plan
 
 
-class IgnoresScoreFrom(Slot):
-    def shared_tiles(self, request: Request) -> int:
-        return super().shared_tiles(replace(request, params=replace(request.params, prompt_logprobs=None)))
-
-
-class ReusesAll(Slot):
-    """Where a prompt ends with a tile, nothing of it is left to compute."""
-
-    def shared_tiles(self, request: Request) -> int:
-        if request.params.prompt_logprobs is None:
-            request = replace(request, prompt_ids=(*request.prompt_ids, -1))
-        return super().shared_tiles(request)
-
-
-class ReusesPartialTiles(Slot):
-    """A tile that a prompt began counts as a whole one: decoding wrote the rest."""
-
-    def shared_tiles(self, request: Request) -> int:
-        shared = super().shared_tiles(request)
-        mine = () if self.request is None else self.request.prompt_ids
-        if shared and shared == len(mine) // TILE and mine == request.prompt_ids[: len(mine)]:
-            return min(-(-len(mine) // TILE), request.reusable // TILE)
-        return shared
-
-
-class ReusesDecoded(Slots):
-    """What decoding wrote after a prompt counts as computed, too."""
-
-    def release(self, slot: Slot) -> None:
-        if (sequence := slot.sequence) is not None and slot.request is not None and sequence.is_prefilled:
-            ids = (*slot.request.prompt_ids, *sequence.token_ids)
-            slot.request = replace(slot.request, prompt_ids=ids)
-            slot.tiles = max(slot.tiles, sequence.cached // TILE)
-        super().release(slot)
-
-
-class KeepsTheOverwritten(Slots):
-    """A slot remembers the longest prompt that stood in it, though a later one overwrites some of that."""
-
-    def take(self, slot: Slot, sequence: Sequence, tiles: int) -> None:
-        before, stood = slot.request, slot.tiles
-        super().take(slot, sequence, tiles)
-        if before is not None and tiles and stood > tiles:
-            slot.request, slot.tiles = before, stood
-
-
-class Remembers(Slots):
-    """What was lost counts as there."""
-
-    def forget(self) -> None:
-        return
-
-
-class TakesTheLatest(Slots):
-    def free(self, pool: int) -> list[Slot]:
-        return super().free(pool)[::-1]
-
-
-class TakesAnyRow(Slots):
-    """The slot used longest ago is taken wherever it stands, so that steps compute more rows."""
-
-    def free(self, pool: int) -> list[Slot]:
-        free = [slot for slot in self[pool] if slot.sequence is None]
-        return sorted(free, key=lambda slot: slot.used)
-
-
-class LooksInOnePool(Slots):
-    def prefix_of(self, request: Request, pool: int) -> Slot | None:
-        found = super().prefix_of(request, pool)
-        return found if found is not None and found.pool == pool else None
-
-
-class TakesTheFirstFound(Slots):
-    """A prefix is reused, not the longest."""
-
-    def prefix_of(self, request: Request, pool: int) -> Slot | None:
-        pools = self._pools[max(pool - 1, 0) : pool + 1]
-        return next((slot for slots in pools for slot in slots if slot.shared_tiles(request)), None)
-
-
 Fault = type[Scheduler] | type[Slots] | type[Slot] | type[AdapterSlots]
 FAULTS: list[Fault] = [
-    fault for fault in list(globals().values()) if isinstance(fault, type) and fault.__module__ == __name__
+    fault
+    for module in (globals(), vars(broken_slots))
+    for fault in list(module.values())
+    if isinstance(fault, type) and fault.__module__ == module["__name__"]
 ]
 
 

@@ -161,7 +161,7 @@ static bool turn(const Kernels& kernels) {
   const int64_t M = from(1, 6), heads = from(1, 4), H = from(1, 70), pairs = from(0, H / 2);
   Buffer<float> x(M * heads * H), cos(M * pairs), sin(M * pairs), y(M * heads * H);
   x.fill(number), cos.fill(number), sin.fill(number);
-  Rope r{x.data, cos.data, sin.data, y.data, heads, H, pairs, maybe()};
+  Rope r{x.data, cos.data, sin.data, y.data, heads * H, heads, H, pairs, maybe()};
   return same(y, [&](auto divide) {
     divide(M, [&](int64_t first, int64_t last) { kernels.rotate(r, first, last); });
   });
@@ -199,7 +199,7 @@ static bool cache_write(const Kernels& kernels) {
   const int64_t B = from(1, 4), T = from(1, 20);
   CacheWrite c{};
   c.T = T, c.K = from(1, 3), c.S = from(1, 4), c.C = SPAN * from(1, 2);
-  c.H = sizeof(Number) == 1 ? from(1, 70) : LANES * from(1, 5), c.is_keys = maybe();
+  c.H = sizeof(Number) == 1 ? from(1, 70) : LANES * from(1, 5), c.is_keys = maybe(), c.stride = c.K * c.H;
   Buffer<float> x(B * T * c.K * c.H), scales(c.S * c.K * c.C);
   Buffer<Number> cache(c.S * c.K * c.C * c.H);
   Buffer<int32_t> slots(B), positions(B * T);
@@ -219,7 +219,7 @@ static bool attention(const Kernels& kernels, const Draw& draw) {
   a.B = from(1, 3), a.T = maybe() ? 1 : from(1, 40), a.K = from(1, 3), a.N = a.K * from(1, 5);
   a.S = from(1, 4), a.C = SPAN * from(1, 4), a.H = sizeof(Number) == 1 && maybe() ? from(1, 70) : LANES * from(1, 10);
   a.scale = 0.3f, a.softcap = maybe() ? 20 : 0, a.window = maybe() ? from(1, 150) : 0;
-  a.tokens = a.T < 16 ? a.T : from(1, 16);
+  a.tokens = a.T < 16 ? a.T : from(1, 16), a.stride = a.N * a.H;
   Buffer<float> q(a.B * a.T * a.N * a.H), out(a.B * a.T * a.N * a.H), k_scale(a.S * a.K * a.C), v_scale(a.S * a.K * a.C);
   Buffer<Number> k(a.S * a.K * a.C * a.H), v(a.S * a.K * a.C * a.H);
   Buffer<int32_t> slots(a.B), positions(a.B * a.T);

@@ -25,7 +25,18 @@ class Memory:
     owner: Owner | None = None
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
-    used: int = 0  # when the slot was last taken or freed
+    used: int = 0  # when what stands here was last used
+
+    @property
+    def worth(self) -> tuple[bool, int]:
+        """The least is lost first: nothing that can be reused, then what was used longest ago."""
+        return self.computed >= TILE, self.used
+
+    def is_start_of(self, request: Request) -> bool:
+        """Whether nothing that can be reused stands here but what this prompt will have computed anyway."""
+        tokens = self.tokens[: self.computed // TILE * TILE]
+        is_same = self.owner == (request.tenant, request.adapters)
+        return not tokens or (is_same and tuple(tokens) == request.prompt_ids[: len(tokens)])
 
     def reusable(self, request: Request) -> int:
         """Tokens of whole tiles that stand here and need not be computed again for this request."""
@@ -155,44 +166,65 @@ class Device:
         for memory in self.memory.values():
             memory.keep(None, 0)
 
-    def enter(self, sequence: Sequence, said: list[int], copy: Plan | None) -> None:
-        """The sequence holds the slot it should, in which stands all of its prompt that could be reused."""
+    def enter(self, sequence: Sequence, said: list[int], copy: Plan | None) -> list[Copy]:
+        """The sequence holds the slot it should, in which stands all of its prompt that could be reused, and
+        of all that could be reused before nothing is lost but the least worth.
+
+        Returns the copies that must come next.
+        """
         request, pool = sequence.request, self.pool_for(sequence)
         assert pool is not None, "let in before there is room"
         free, found = self.free(pool), self.reusable(pool, request)
         best = max(found.values())
         assert sequence.reused == best, "reuses more or less than stands there"
         here = [slot for slot in free if best and found[pool, slot] == best]
-        at = self.oldest(pool, here or free, sequence.pool, sequence.slot)
-        if best and not here:
-            assert isinstance(copy, Copy), "its prefix is elsewhere and not copied"
-            source = copy.from_pool, copy.from_slot
-            assert found.get(source) == best, "copies something else"
-            assert (copy.to_pool, copy.to_slot) == at
-            self.copy(source, at)
-        else:
-            assert copy is None, "copies what nobody needs"
+        at = self.least(pool, here or free, sequence.pool, sequence.slot)
+        source = max(found, key=found.__getitem__) if best and not here else None
+        copies = self.keep(at, request, source)
+        if source is not None:
+            copies.append(Copy(*source, *at, best // TILE))
+            self.copy(copies[-1])
+            if source not in self.running and source[0] == pool and self.memory[source].is_start_of(request):
+                self.memory[source].keep(None, 0)  # stands in the new slot, too
+        assert copy == (copies[0] if copies else None), "copies something else, or what nobody needs"
         self.use(at).keep((request.tenant, request.adapters), best)
         room = self.context - len(request.prompt_ids)
         wanted = room if request.params.max_tokens is None else min(request.params.max_tokens, room)
         self.running[at] = Running(sequence, at, said, wanted, self.clock)
         self.pending.append(self.running[at])
+        return copies[1:]
+
+    def keep(self, at: Place, request: Request, source: Place | None) -> list[Copy]:
+        """What stood where this request comes stands elsewhere: the copies that this takes."""
+        pool, memory = at[0], self.memory[at]
+        free = [(pool, slot) for slot in range(self.pools[pool].slots) if (pool, slot) not in self.running]
+        spare = min((place for place in free if place != source), key=lambda place: self.memory[place].worth)
+        if not self.prefix_caching or memory.is_start_of(request) or spare == at:
+            return []
+        copy = Copy(*at, *spare, memory.computed // TILE)
+        self.copy(copy)
+        self.memory[spare].used = memory.used
+        return [copy]
 
     def reusable(self, pool: int, request: Request) -> dict[Place, int]:
         """Of all slots whose content may come to this pool, how much of the prompt they hold."""
         near = [(p, s) for p in range(max(pool - 1, 0), pool + 1) for s in range(self.pools[p].slots)]
         return {at: self.memory[at].reusable(request) if self.prefix_caching else 0 for at in near}
 
-    def oldest(self, pool: int, slots: list[int], to_pool: int | None, to_slot: int | None) -> Place:
-        """The place that was taken: one of these slots, that none was used longer ago than."""
+    def least(self, pool: int, slots: list[int], to_pool: int | None, to_slot: int | None) -> Place:
+        """The place that was taken: one of these slots, that none is worth less than."""
         assert to_pool == pool and to_slot in slots, "not a slot that it should take"
         at = pool, to_slot
-        assert self.memory[at].used == min(self.memory[pool, slot].used for slot in slots), "not the oldest"
+        least = min(self.memory[pool, slot].worth for slot in slots)
+        assert self.memory[at].worth == least, "loses more than it has to"
         return at
 
-    def copy(self, source: Place, target: Place) -> None:
-        held, into = self.memory[source], self.memory[target]
-        into.owner, into.tokens, into.computed = held.owner, list(held.tokens), held.computed
+    def copy(self, plan: Copy) -> None:
+        """The target holds the source's first tiles and nothing else."""
+        held = self.memory[plan.from_pool, plan.from_slot]
+        into = self.memory[plan.to_pool, plan.to_slot]
+        into.owner, into.tokens = held.owner, held.tokens[: plan.tiles * TILE]
+        into.computed = min(held.computed, len(into.tokens))
 
     def prefill(self, plan: Prefill) -> Call:
         """The first tiles of the pool whose prompt was let in first are computed, as many as pay."""
@@ -242,16 +274,21 @@ class Device:
             call.append(running.ask())
         return call
 
-    def move(self, plan: Copy) -> None:
-        """A sequence that filled its slot goes on in the next pool; none that came later went first."""
+    def move(self, plan: Copy, kept: Copy | None) -> None:
+        """A sequence that filled its slot goes on in the next pool; none that came later went first.
+
+        kept: the copy before this one, of what stood in the new slot.
+        """
         movers = self.movers()
         moved = next((r for r in movers if r.at == (plan.from_pool, plan.from_slot)), None)
         assert moved is not None, "moves a sequence that need not"
         for other in movers:
             if other.at[0] == plan.from_pool and other.filled is not None:
                 assert moved.since <= other.filled, "a filled sequence starves"
-        target = self.oldest(plan.from_pool + 1, self.free(plan.from_pool + 1), plan.to_pool, plan.to_slot)
-        self.copy(moved.at, target)
+        target = self.least(plan.from_pool + 1, self.free(plan.from_pool + 1), plan.to_pool, plan.to_slot)
+        copies = self.keep(target, moved.sequence.request, None)
+        assert copies == ([] if kept is None else [kept]), "a prefix is lost, or copied in vain"
+        self.copy(plan)
         self.use(target)
         del self.running[moved.at]
         self.use(moved.at)

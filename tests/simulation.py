@@ -110,11 +110,11 @@ class Simulation:
 
     def lose(self) -> None:
         """As the engine does after a call that failed: nothing stands anywhere, and all end."""
-        self.scheduler.slots.forget()
+        self.scheduler.forget()
         self.device.forget()
         self.in_flight.clear()
         self.leave(list(self.scripts))
-        self.scheduler.slots.forget()
+        self.scheduler.forget()
 
     def end(self, sequence: Sequence) -> None:
         self.ended[sequence] += 1
@@ -146,7 +146,7 @@ class Simulation:
                 most = len(self.device.pools) - 1
                 assert all(n <= most for n in self.passed_over.values()), "a pool starves"
             case Copy() if not has_admitted:
-                self.device.move(plan)
+                self.move(plan)
             case None:
                 assert not (ready or can_prefill or movers), "idle although something could run"
                 assert self.in_flight or not self.scheduler.has_work, "waits for nothing"
@@ -167,6 +167,12 @@ class Simulation:
         if call or any(tile.sequence.request.params.prompt_logprobs is not None for tile in plan.tiles):
             self.in_flight.append(call)
 
+    def move(self, plan: Copy) -> None:
+        is_kept = plan.from_pool == plan.to_pool  # what stood where a sequence moves
+        move = self.scheduler.schedule() if is_kept else plan
+        assert isinstance(move, Copy), "a slot is cleared for nobody"
+        self.device.move(move, plan if is_kept else None)
+
     def can_admit(self) -> bool:
         """Whether the first that waits may run, and there is not yet work for a whole call."""
         if not self.queue or self.device.pool_for(self.queue[0]) is None:
@@ -182,7 +188,8 @@ class Simulation:
             assert sequence is self.queue[0], "not by priority, then arrival"
             assert self.can_admit(), "let in before its tiles are wanted"
             is_copied = isinstance(plan, Copy) and sequence is admitted[-1]
-            self.device.enter(sequence, self.scripts[sequence], plan if is_copied else None)
+            copies = self.device.enter(sequence, self.scripts[sequence], plan if is_copied else None)
+            assert all(self.scheduler.schedule() == copy for copy in copies), "a copy does not come"
             del self.queue[0]
         assert isinstance(plan, Copy) or not self.can_admit(), "waits although it could run"
         return bool(admitted)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from test_engine import GREEDY, mixed_requests, random_prompt, said
 from tiny import VOCAB
 
 from realm_jax import LLM, CapacityError, RequestError, SamplingParams
+from realm_jax.buckets import Pool
 from realm_jax.cache import Int8Cache, empty_cache
 from realm_jax.config import TILE, Numerics
+from realm_jax.decoding import copy_up, copy_within
 from realm_jax.kernels import reference
 from realm_jax.serving.request import FinishReason, GenerationOutput, Request, TextDelta
 
@@ -89,11 +92,54 @@ def run(llm: LLM, requests: list[Request]) -> dict[str, GenerationOutput]:
 
 
 def test_prefixes_are_shared_within_a_tenant_only(tiny_model: Path) -> None:
-    llm = LLM(tiny_model, max_num_seqs=4, deterministic=True)  # else all four take the first slot in turn
+    llm = LLM(tiny_model, max_num_seqs=4)
     prompt = tuple(random_prompt(rng, 150))
     for tenant, expected in (("a", 0), ("b", 0), ("a", 128)):
         request = Request("r", prompt, GREEDY, seed=1, tenant=tenant)
         assert run(llm, [request])["r"].usage.cached_tokens == expected
+
+
+def test_prompts_that_come_one_at_a_time_each_find_their_prefix_again(tiny_model: Path) -> None:
+    """They may all take the first slot; what stands there is copied aside and, when it is wanted, back."""
+    options: dict[str, Any] = {"max_num_seqs": 4, "ctx_size": 512}
+    llm, plain = LLM(tiny_model, **options), LLM(tiny_model, prefix_caching=False, **options)
+    prompts = [random_prompt(rng, length) for length in (70, 130, 200)]
+    for more in ([], [5, 6, 7]):
+        outputs = [llm.generate([[*prompt, *more]], GREEDY)[0] for prompt in prompts]
+        alone = [plain.generate([[*prompt, *more]], GREEDY)[0] for prompt in prompts]
+        expected = [len(prompt) // TILE * TILE if more else 0 for prompt in prompts]
+        assert [output.usage.cached_tokens for output in outputs] == expected
+        assert [bits(output) for output in outputs] == [bits(output) for output in alone]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "kv_dtype"), [("auto", "bfloat16"), ("auto", "int8"), ("xla", "bfloat16")]
+)
+def test_a_copy_gives_a_slot_the_first_tiles_of_another(
+    tiny_model: Path, kernels: Any, kv_dtype: Any
+) -> None:
+    """Whatever the capacity and however many tiles; no third slot changes."""
+    strategy = LLM(tiny_model, kv_dtype=kv_dtype, kernels=kernels).engine._runner._strategy
+    draw = np.random.default_rng(0)
+
+    def filled(tiles: int) -> Any:
+        empty = strategy.empty_state(Pool(tiles * TILE, 3, (3,), (1,)))
+        return jax.tree.map(lambda x: jnp.asarray(draw.integers(0, 100, x.shape).astype(x.dtype)), empty)
+
+    def kept(state: Any) -> list[np.ndarray]:
+        return [np.array(x) for x in (*jax.tree.leaves(state.caches), state.history[:, None])]
+
+    for most, larger in ((9, 9), (2, 2), (6, 11)):
+        for tiles in {1, most // 2, most}:
+            source = filled(most)
+            target = source if larger == most else filled(larger)
+            was, beside = kept(source), kept(target)  # the target is donated
+            what = np.int32(2), np.int32(0), np.int32(tiles)
+            now = copy_within(target, *what) if target is source else copy_up(source, target, *what)
+            for x, other, copied in zip(was, beside, kept(now), strict=True):
+                part = tiles * x.shape[2] // most
+                np.testing.assert_array_equal(copied[0, :, :part], x[2, :, :part])
+                np.testing.assert_array_equal(copied[1:], other[1:])
 
 
 def test_smaller_priorities_come_first(tiny_model: Path) -> None:

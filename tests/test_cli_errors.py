@@ -1,7 +1,9 @@
 """Every user error: one line, exit code 1 or 2, nothing on stdout, no traceback."""
 
 from pathlib import Path
+from unittest import mock
 
+import jax
 import pytest
 from command_line import realm, spawn
 from tiny import write_model
@@ -140,6 +142,18 @@ def test_what_fails_is_one_line_and_exit_code_1(
     done = realm(*typed(line, things), env={"REALM_CACHE": str(tmp_path)})
     assert all(part in done.error for part in named), done.error
     assert done.code == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "named"),
+    [(RuntimeError("no libtpu\nmore"), "no libtpu"), (AssertionError(), "JAX sees no such device")],
+)
+def test_a_device_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, named: str
+):
+    """JAX asserts, without a word, where it may use CUDA alone and there is no GPU."""
+    monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=raised))
+    assert realm("doctor").error.endswith(f"device 'auto' is not available: {named}")
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def outcome(path: Path, base: Base) -> str:
     """What became of the file: the error's name, or "read"."""
     try:
         lora.read(path, base)
-        lora.summarize(path)
+        json.dumps(lora.summarize(path))
     except RealmError as error:
         assert len(str(error).splitlines()) == 1
         return type(error).__name__

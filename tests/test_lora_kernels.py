@@ -19,6 +19,8 @@ FORMS = [
     LowRankForm(34, (7, 21), 16, 10, 2),
 ]
 
+ADD = jax.jit(calls.add_low_rank, static_argnums=6)
+
 
 def case(form: LowRankForm, tokens: int, seed: int):
     """Rows of three kinds: none, one adapter, several; and a bank in which slot 0 is empty."""
@@ -76,7 +78,7 @@ def test_the_plain_formula_is_the_definition(form: LowRankForm, tokens: int):
 @pytest.mark.skipif(native.problem() is not None, reason="no C++ kernels")
 class TestNative:
     @settings(deadline=None, max_examples=20)
-    @given(st.sampled_from(FORMS), st.integers(1, 9), st.integers(0, 2**32 - 1))
+    @given(st.sampled_from(FORMS), st.sampled_from([1, 4, 9]), st.integers(0, 2**32 - 1))
     def test_the_kernel_is_the_formula(self, form: LowRankForm, tokens: int, seed: int):
         x, bank, ranks, index, scale = case(form, tokens, seed)
         base = np.random.default_rng(seed).standard_normal((*x.shape[:2], sum(form.outputs)), np.float32)
@@ -112,5 +114,4 @@ class TestNative:
         scale: np.ndarray,
         form: LowRankForm,
     ) -> np.ndarray:
-        add = jax.jit(calls.add_low_rank, static_argnums=6)
-        return np.asarray(add(*map(jnp.asarray, (y, x, bank, ranks, index, scale)), form))
+        return np.asarray(ADD(*map(jnp.asarray, (y, x, bank, ranks, index, scale)), form))

@@ -128,6 +128,14 @@ def test_every_tensor_is_folded_or_kept(
         assert {each for name, each in types.items() if "norm" not in name} == {kind.upper()}
 
 
+def test_routers_are_not_quantized(fixtures: Path, tmp_path: Path):
+    with gguf.open(fixtures / "arch" / "llama-moe" / "model.gguf") as file:
+        Merge(file, [], "q4_0").write(tmp_path / "merged.gguf")
+    with gguf.open(tmp_path / "merged.gguf") as made:
+        types = {info.name.split(".", 2)[-1]: info.ggml_type.name for info in made.tensors.values()}
+    assert (types["ffn_gate_inp.weight"], types["ffn_gate_exps.weight"]) == ("F16", "Q4_0")
+
+
 def test_metadata_is_kept_byte_for_byte(model: Path, tmp_path: Path):
     before = writer.raw_metadata(model)
     for kind in (None, "q8_0"):
@@ -181,8 +189,14 @@ def test_the_commands(model: Path, tmp_path: Path):
         assert (facts["format"], facts["ranks"], facts["scales"]) == (form, {"4": 1}, [2.0])
         assert facts["tensors"] == {Q: 4} and facts["folded_only"] is False
     assert "rank          4 (1)" in realm("lora", "inspect", made).out
-    nowhere = tmp_path / "no" / "folder.gguf"
-    assert "cannot be written" in realm("lora", "convert", peft, nowhere, "-m", model).error
+    (tmp_path / "full" / "adapter_model.safetensors").mkdir(parents=True)
+    for source, target in (
+        (peft, tmp_path / "no" / "folder.gguf"),
+        (made, peft / "file"),
+        (made, tmp_path / "full"),
+    ):
+        (peft / "file").touch()
+        assert "cannot be written" in realm("lora", "convert", source, target, "-m", model).error
 
 
 def test_wrong_usage_of_merge(model: Path, tmp_path: Path):

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
-from peft_files import base_of, change, hf_rows, pair, product, write_adapter
+from peft_files import ROOT, base_of, change, hf_rows, pair, product, write_adapter
+from safetensors.numpy import load_file
 from tiny import write_model
 
 from realm_jax import lora
 from realm_jax.errors import ModelFileError, UnsupportedError
 from realm_jax.lora import Base
+from realm_jax.lora.export import write_peft
 from realm_jax.lora.fold import fold
 
 LAYER = "model.layers.0."
@@ -72,6 +75,17 @@ def test_modules_in_parts_become_blocks_of_a_fused_base(phi3: Base, tmp_path: Pa
     assert not change(adapter, "blk.0.ffn_up.weight", phi3)[:96].any()
 
 
+def test_part_of_a_fused_tensor_cannot_have_lengths_of_its_own(phi3: Base, tmp_path: Path):
+    lengths = {Q: 64, K: 32, V: 32}
+    dora = {f"{m}.lora_magnitude_vector": np.full(n, n, np.float32) for m, n in lengths.items()}
+    tensors = {k: v for m, n in lengths.items() for k, v in pair(m, n, 64).items()} | dora
+    adapter = lora.read(write_adapter(tmp_path / "all", tensors, use_dora=True), phi3)
+    assert set(adapter.magnitudes["blk.0.attn_qkv.weight"]) == {64, 32}
+    fewer = {name: values for name, values in tensors.items() if V not in name}
+    with pytest.raises(UnsupportedError, match=r"rows than all of blk\.0\.attn_qkv\.weight"):
+        lora.read(write_adapter(tmp_path / "some", fewer, use_dora=True), phi3)
+
+
 def test_an_embedding_and_a_head(base: Base, tmp_path: Path):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((4, 320), np.float32), rng.standard_normal((64, 4), np.float32)
@@ -121,6 +135,19 @@ def test_norms_of_gemma_are_stored_with_one_added(gemma3: Base, tmp_path: Path):
     adapter = lora.read(saved, gemma3)
     assert len(adapter.replaced) == 7
     np.testing.assert_array_equal(adapter.replaced["blk.0.post_attention_norm.weight"], weight + 1)
+    write_peft(adapter, gemma3, tmp_path / "back")
+    again = load_file(tmp_path / "back" / "adapter_model.safetensors")
+    name = f"{ROOT}{LAYER}post_attention_layernorm.weight"
+    np.testing.assert_allclose(again[name], weight, atol=1e-7)
+
+
+def test_values_of_sixteen_bits(base: Base, tmp_path: Path):
+    tensors = pair(Q, 64, 64)
+    for number, dtype in enumerate((np.float16, ml_dtypes.bfloat16)):
+        rounded = {name: values.astype(dtype) for name, values in tensors.items()}
+        adapter = lora.read(write_adapter(tmp_path / str(number), rounded), base)
+        wanted = product(rounded, Q)[np.argsort(hf_rows(64, 4))]
+        np.testing.assert_allclose(change(adapter, "blk.0.attn_q.weight", base), wanted, atol=1e-4)
 
 
 def test_text_models_inside_others_have_a_prefix(gemma3: Base, tmp_path: Path):

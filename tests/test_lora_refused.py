@@ -8,6 +8,7 @@ import pytest
 from peft_files import base_of, error_of, pair, write_adapter
 from tiny import write_model
 
+from realm_jax import lora
 from realm_jax.lora import Base
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -81,6 +82,23 @@ GGUF_CASES = {
 def test_gguf(case: str, base: Base, tmp_path: Path):
     tensors, metadata, message = GGUF_CASES[case]
     assert message in error_of(gguf_file(tmp_path / "bad.gguf", tensors, **metadata), base)
+
+
+def test_pairs_may_be_quantized(base: Base, tmp_path: Path):
+    kind = gguf.GGMLQuantizationType.Q8_0
+    values = np.random.default_rng(0).standard_normal((4, 64), np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "q8.gguf", "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string("adapter.type", "lora")
+    writer.add_tensor(f"{NAME}.lora_a", gguf.quantize(values, kind), raw_dtype=kind)
+    writer.add_tensor(f"{NAME}.lora_b", np.ones((64, 4), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    delta = lora.read(tmp_path / "q8.gguf", base).deltas[NAME]
+    np.testing.assert_array_equal(delta.a, gguf.dequantize(gguf.quantize(values, kind), kind))
+    assert delta.b.dtype == np.float32 and (delta.b == 1).all()
 
 
 def test_experts_are_refused(fixtures: Path, tmp_path: Path):

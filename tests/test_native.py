@@ -50,6 +50,9 @@ positions = jnp.asarray((rng.integers(0, 200, (5, 1)) + np.arange(40)).astype(np
 how = {"scale": 1e-3, "softcap": None, "window": None}
 add(calls.attention(normal(5, 40, 6, 64), keys, values, None, None, None, positions, **how))
 add(calls.write_cache(normal(5, 40, 2, 64) + 1, None, positions, keys, is_keys=True))
+new = normal(5, 40, 10, 64), normal(5, 40, 32), normal(5, 40, 32)
+out, kept = calls.extend(*new, False, None, positions, (keys, values), **how)
+add(out, *kept)
 names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 print(digest.hexdigest(), names.count("tf_XLAEigen"))
 """
@@ -180,6 +183,48 @@ def test_keys_that_do_not_fit_the_cache_raise(x: jax.Array, slots: jax.Array, po
         target = jax.ShapeDtypeStruct(KEYS.shape, KEYS.dtype)
         write = jax.ffi.ffi_call("realm_cache_write", target, input_output_aliases={3: 0})
         jax.block_until_ready(write(x, slots, positions, KEYS, is_keys=True))
+
+
+HEADS, TURNS = ones(2, 3, 8, 32), ones(2, 3, 16)  # of 4 queries, 2 keys and 2 values
+
+
+@pytest.mark.parametrize(
+    ("heads", "turns", "slots", "positions", "cache"),
+    [
+        (ones(2, 3, 8, 16), TURNS, NO_SLOTS, AT, (KEYS, VALUES)),  # head dim
+        (ones(2, 3, 4, 32), TURNS, NO_SLOTS, AT, (KEYS, VALUES)),  # no queries
+        (ones(2, 3, 7, 32), TURNS, NO_SLOTS, AT, (KEYS, VALUES)),  # no whole groups
+        (HEADS, ones(2, 3, 17), NO_SLOTS, AT, (KEYS, VALUES)),  # turns of more than a head
+        (HEADS, ones(2, 1, 16), NO_SLOTS, AT, (KEYS, VALUES)),
+        (HEADS, TURNS, AT[0, :1], AT, (KEYS, VALUES)),  # fewer slots than rows
+        (HEADS, TURNS, NO_SLOTS, AT[:1], (KEYS, VALUES)),  # fewer positions than tokens
+        (HEADS, TURNS, NO_SLOTS, AT, (KEYS, VALUES[:1])),
+        (HEADS, TURNS, NO_SLOTS, AT, (CODES, CODES)),  # codes without scales
+        (HEADS, TURNS, NO_SLOTS, AT, (KEYS, VALUES, SCALES, SCALES)),  # scales without codes
+    ],
+)
+def test_heads_that_do_not_fit_the_cache_raise(
+    heads: jax.Array, turns: jax.Array, slots: jax.Array, positions: jax.Array, cache: tuple[jax.Array, ...]
+):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT: realm_extend"):
+        kept = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in cache]
+        out = jax.ShapeDtypeStruct((2, 3, max(heads.shape[2] - 4, 0), heads.shape[3]), jnp.float32)
+        aliases = {5 + i: 1 + i for i in range(len(cache))}
+        extend = jax.ffi.ffi_call("realm_extend", [out, *kept], input_output_aliases=aliases)
+        none = [NONE] * (4 - len(cache))
+        places = slots, positions
+        jax.block_until_ready(extend(heads, turns, turns, *places, *cache, *none, interleaved=False, **HOW))
+
+
+def test_a_cache_that_is_not_written_in_place_raises():
+    kept = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (Q, KEYS, VALUES)]
+    call = jax.ffi.ffi_call("realm_extend", kept, input_output_aliases={5: 1})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not written in place"):
+        places = NO_SLOTS, AT
+        turns = TURNS, TURNS
+        jax.block_until_ready(
+            call(HEADS, *turns, *places, KEYS, VALUES, NONE, NONE, interleaved=False, **HOW)
+        )
 
 
 def test_the_numerics_that_native_kernels_allow(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""The C++ kernels under sanitizers: no byte outside the buffers, no undefined arithmetic."""
+"""The C++ code under sanitizers: no byte outside the buffers, no undefined arithmetic, no race."""
 
 import os
 import platform
@@ -48,3 +48,15 @@ def test_kernels_stay_within_their_buffers_and_do_not_read_what_was_there(driver
     done = subprocess.run([driver, "60", "1"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     assert done.stdout.count("60 cases") >= 1, done.stdout
+
+
+def test_every_part_of_divided_work_runs_once(tmp_path: Path):
+    """Under ThreadSanitizer, with callers at the same time and helpers that fall asleep."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=thread", "-Wall", "-Wextra", "-pthread", f"-I{SOURCES}"]
+    program = tmp_path / "parallel"
+    subprocess.run([compiler, *flags, str(TESTS / "native_parallel.cpp"), "-o", str(program)], check=True)
+    done = subprocess.run([program, "2000"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]

@@ -21,11 +21,12 @@ from native_cases import (
     using,
 )
 
-from realm_jax.cache import KVCache, NativeInt8Cache, NativeKVCache, empty_cache
+from realm_jax.cache import KVCache, NativeInt8Cache, NativeKVCache, Stepwise, empty_cache
 from realm_jax.config import Numerics
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.kernels.native import calls
 from realm_jax.kernels.native.tiling import tile_into
+from realm_jax.native_nodes import NativeRotation
 from realm_jax.quant.containers import pack
 from realm_jax.quant.tiling import tile
 
@@ -160,8 +161,59 @@ def test_a_donated_cache_is_written_in_place(kv_dtype: Any, kind: type):
     cache = empty_cache((2, 1, 64, 32), replace(NATIVE, kv_dtype=kv_dtype))
     assert type(cache) is kind
     new, positions = jnp.ones((2, 1, 1, 32)), jnp.full((2, 1), 7, jnp.int32)
-    write = jax.jit(lambda cache: cache.write(new, new, None, positions), donate_argnums=0)
-    kept = write(cache)  # not given away: what was there stays
-    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(kept)]
-    again = write(kept)
-    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(again)] == places
+    turn, how = NativeRotation(jnp.ones((2, 1, 4)), jnp.ones((2, 1, 4)), False), {"scale": 1.0}
+    heads = jnp.ones((2, 1, 3, 32))
+    for write in (
+        lambda cache: cache.write(new, new, None, positions),
+        lambda cache: cache.extend(heads, turn, None, positions, softcap=None, window=None, **how)[1],
+    ):
+        kept = jax.jit(write)(cache)  # not given away: what was there stays
+        places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(kept)]
+        again = jax.jit(write, donate_argnums=0)(kept)
+        assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(again)] == places
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(CACHES),
+    st.sampled_from([1, 2, 5]),
+    st.sampled_from([1, 3, 40]),
+    st.sampled_from([(1, 1), (3, 3), (2, 1), (4, 2)]),
+    st.sampled_from([(16, 8), (32, 4), (64, 32), (80, 40)]),
+    st.booleans(),
+    st.sampled_from([(None, None), (9, None), (None, 20.0)]),
+    st.integers(0, 2**32 - 1),
+)
+def test_extending_is_turning_writing_and_attending(
+    cache_kind: tuple[Any, type],
+    B: int,
+    T: int,
+    heads: tuple[int, int],
+    size: tuple[int, int],
+    interleaved: bool,
+    how: tuple[int | None, float | None],
+    seed: int,
+):
+    """Bit for bit, as three operations give it; rows of one slot see each other's new keys."""
+    rng = np.random.default_rng(seed)
+    (N, K), (H, P), C = heads, size, 320
+    has_slots = rng.integers(2) == 1
+    cache: Any = empty_cache((B + 1, K, C, H), replace(NATIVE, kv_dtype=cache_kind[0]))
+    earlier = jnp.asarray(np.tile(np.arange(C - 1, dtype=np.int32), (B, 1)))
+    cache = cache.write(*(jnp.asarray(normal(rng, B, C - 1, K, H)) for _ in "kv"), None, earlier)
+    starts = int(rng.integers(0, C - B * T + 8)) + T * np.arange(B)[:, None]  # the last may be past the end
+    cos, sin = (jnp.asarray(normal(rng, B, T, P)) for _ in range(2))
+    given: tuple[Any, ...] = (
+        jnp.asarray(normal(rng, B, T, N + 2 * K, H)),
+        NativeRotation(cos, sin, interleaved),
+        jnp.asarray(np.full(B, rng.integers(0, B + 2), np.int32)) if has_slots else None,
+        jnp.asarray((starts + np.arange(T)).astype(np.int32)),
+    )
+    options = {"scale": 0.2, "window": how[0], "softcap": how[1]}
+    found: Any = cache.extend(*given, **options)
+    wanted = Stepwise.extend(cache, *given, **options)
+    assert type(found[1]) is cache_kind[1]
+    assert found[0].shape == (B, T, N, H)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert one.dtype == other.dtype
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()

@@ -3,18 +3,20 @@
 import functools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
 import pytest
 from broken_schedulers import FAULTS, Fault, broken
 from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
 from scenarios import SCENARIOS, Arrival, Scenario
 from simulation import Simulation, scheduler_of
 
 import realm_jax
 from realm_jax.buckets import Buckets
-from realm_jax.config import EngineConfig
+from realm_jax.config import TILE, EngineConfig
 from realm_jax.errors import CapacityError, RequestError
 from realm_jax.params import SamplingParams
 from realm_jax.serving.request import FinishReason, Request
@@ -64,6 +66,24 @@ CROWDED = Scenario(
 @example(CROWDED)
 def test_every_law_holds_in_every_scenario(scenario: Scenario):
     Simulation(scenario, scheduler_of(scenario)).run()
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_prompts_that_come_in_turn_each_find_their_own_prefix(data: st.DataObject):
+    """One at a time, and fewer than there are slots: of none anything is computed a second time."""
+    slots = data.draw(st.integers(2, 6))
+    rows = sorted(data.draw(st.sets(st.integers(1, slots - 1), max_size=2)))
+    lengths = data.draw(st.lists(st.integers(1, 400), min_size=1, max_size=slots - 1))
+    order = data.draw(st.permutations(range(len(lengths))))
+    first = [replace(arrival(n, 5), header=i, shared=n, wait=999) for i, n in enumerate(lengths)]
+    again = [replace(first[i], length=lengths[i] + 70) for i in order]
+    arrivals = (*first, *again)
+    scenario = replace(CROWDED, shapes=((512, slots, (*rows, slots), (8,)),), arrivals=arrivals)
+    simulation = Simulation(scenario, scheduler_of(scenario))
+    simulation.run()
+    found = [sequence.reused for sequence in simulation.scripts]
+    assert found == [0] * len(first) + [lengths[i] // TILE * TILE for i in order]
 
 
 @functools.cache

@@ -25,7 +25,7 @@ KEYS = {"country", "capital"}
 TRAINED = ("What is the capital of {}?", "Name the capital of {}.", "{}: which city is the capital?")
 ASKED = ("What is the capital of {}?", "Tell me the capital city of {}.", "Where is the government of {}?")
 HELD_OUT = 24
-SETTINGS = TrainingConfig(rank=8, alpha=16.0, lr=5e-4, epochs=2, eval_split=0.05)
+SETTINGS = TrainingConfig(rank=8, alpha=16.0, lr=1e-3, epochs=2, eval_split=0.05)
 
 Pair = tuple[str, str]  # a country and its capital
 

@@ -58,7 +58,7 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "form", facts["format"]
     if facts["architecture"]:
         yield "architecture", str(facts["architecture"])
-    yield "alpha", f"{facts['alpha']:g}" if isinstance(facts["alpha"], float) else str(facts["alpha"])
+    yield "alpha", f"{facts['alpha']:g}"
     yield "rank", counted("ranks")
     yield "targets", counted("targets")
     yield "types", counted("types")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from realm_jax.cli.adapters import scaled
 from realm_jax.cli.flags import flag
 from realm_jax.errors import RequestError
 
@@ -126,22 +127,13 @@ def adapters(values: list[str] | None) -> dict[str, Any]:
     folded: list[tuple[Path, float]] = []
     for value in values or ():
         name, equals, path = value.partition("=")
-        if equals and name and "/" not in name:
-            if name in named:
-                raise RequestError(f"--lora {value}: adapter {name!r} is named twice; choose another name")
+        if not equals or not name or "/" in name:
+            folded.append(scaled(value))
+        elif name in named:
+            raise RequestError(f"--lora {value}: adapter {name!r} is named twice; choose another name")
+        else:
             named[name] = Path(path)
-            continue
-        path, colon, number = value.rpartition(":")
-        scale = _number(number) if colon else None
-        folded.append((Path(value), 1.0) if scale is None else (Path(path), scale))
     return {"lora": named, "fold": folded}
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def memory_bytes(text: str | None) -> int | None:

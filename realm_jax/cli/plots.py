@@ -34,6 +34,6 @@ def axes(path: Path, **labels: str) -> Iterator[Any]:
     found.grid(alpha=0.3)
     found.legend()
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=100)
     except OSError as error:
         raise RequestError(f"--plot {path}: {error.strerror}") from error

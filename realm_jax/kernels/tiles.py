@@ -98,9 +98,11 @@ def tile_rows(
     tiles: UInt8[Array, "L bytes"], form: TileFormat, ids: Int[Array, "*lead"]
 ) -> Float[Array, "*lead I"]:
     """The weights of some outputs in float32: what an embedding looks up."""
-    stored, factors = _parts(tiles, form)
-    tile, lane = ids // LANES, ids % LANES
-    return _weights(stored[tile, :, :, lane], [factor[tile, :, lane] for factor in factors], form)
+    # the tiles first: taken apart before, all of them would be
+    stored, factors = _parts(tiles[ids.reshape(-1) // LANES], form)
+    each, lane = jnp.arange(ids.size, dtype=ids.dtype), ids.reshape(-1) % LANES
+    rows = _weights(stored[each, :, :, lane], [factor[each, :, lane] for factor in factors], form)
+    return rows.reshape(*ids.shape, form.inputs)
 
 
 def _parts(tiles: Array, form: TileFormat) -> tuple[Array, list[Array]]:

@@ -79,14 +79,14 @@ def write_peft(adapter: Adapter, base: Base, folder: Path) -> None:
     Ranks and alphas that differ between modules stand in rank_pattern and alpha_pattern.
     Raises UnsupportedError where DoRA is not for all pairs, and for tensors that no module of PEFT's is.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     layout = Layout(base)
     tensors = dict(_tensors(adapter, layout))
     config = json.dumps(_config(adapter, layout), indent=2)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         (folder / CONFIG).write_text(config + "\n", "utf-8")
     except OSError as error:
         raise ModelFileError(f"{folder}: cannot be written: {error.strerror}") from None

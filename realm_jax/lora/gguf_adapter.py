@@ -39,7 +39,8 @@ def read_gguf(path: Path, base: Base) -> Adapter:
     Raises ModelFileError with every tensor that does not fit, UnsupportedError for another kind of adapter.
     """
     with gguf.open(path) as file:
-        alpha = _alpha(file, base)
+        alpha = alpha_of(file)
+        check_architecture(path.name, file.metadata.get("general.architecture"), base)
         targets = _targets(file)
         norms = [name for name in file.tensors if name.endswith("_norm.weight")]
         changes = [_change_of(file, target) for target in targets]
@@ -51,8 +52,8 @@ def read_gguf(path: Path, base: Base) -> Adapter:
     return Adapter(path.stem, deltas, replaced)
 
 
-def _alpha(file: GGUFFile, base: Base) -> float:
-    """The file's alpha, once the rest of its metadata says that it is a LoRA of this model."""
+def alpha_of(file: GGUFFile) -> float:
+    """The file's alpha; its metadata says that it is a LoRA adapter."""
     meta, source = file.metadata, file.path.name
     if (kind := meta.get("general.type")) != "adapter":
         raise ModelFileError(
@@ -64,7 +65,6 @@ def _alpha(file: GGUFFile, base: Base) -> float:
         raise UnsupportedError(
             f"{source}: {INVOCATION} is set; adapters that start at a token are not served"
         )
-    check_architecture(source, meta.get("general.architecture"), base)
     alpha = meta.get(ALPHA, 0.0)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ModelFileError(f"{source}: {ALPHA} is {shown(str(alpha))}; it must be a finite number")

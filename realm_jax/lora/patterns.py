@@ -54,7 +54,6 @@ def match(expressions: Sequence[Expression], names: Sequence[str], source: str) 
             input=json.dumps([list(names), list(expressions)]).encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={},
             timeout=WALL_SECONDS,
             check=False,
         )

@@ -61,9 +61,10 @@ def read_peft(weights: Path, base: Base) -> Adapter:
     modules = _modules(file, layout)
     paired = {name: module for name, module in modules.items() if module.is_paired}
     scales = config.scales([module.key for module in paired.values()])
-    problems = list(_misplaced(config, modules, layout))
+    problems: list[str] = []
     for name, module in modules.items():
         problems += _misshapen(file, config, name, module, layout, scales.get(module.key))
+    problems += _misplaced(config, modules, layout)
     if problems:
         refuse(weights.name, f"tensors do not fit {config.source} and {base.source}", problems)
     if EMBEDDING in paired:

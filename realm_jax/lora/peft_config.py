@@ -95,7 +95,7 @@ def ends_with(module: str, name: str) -> bool:
 
 def layer_of(module: str) -> int | None:
     """The number after the first word of the name that has one."""
-    found = re.match(r"[^.]*(?:\.[^.]*)*?\.[^.]*\.(\d{1,9})\.", module)
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
     return int(found[1]) if found else None
 
 

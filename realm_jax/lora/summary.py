@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from realm_jax import gguf
-from realm_jax.lora.gguf_adapter import ALPHA, EMBEDDING, KIND, A, B
+from realm_jax.lora.gguf_adapter import EMBEDDING, A, B, alpha_of
 from realm_jax.lora.peft import CONFIG, parsed_name
 from realm_jax.lora.peft_config import read_config
 from realm_jax.lora.safetensors_file import SafetensorsFile
@@ -14,7 +14,7 @@ from realm_jax.lora.safetensors_file import SafetensorsFile
 def summarize_gguf(path: Path) -> dict[str, Any]:
     """Facts from the metadata and the tensor index of a GGUF adapter."""
     with gguf.open(path) as file:
-        meta, tensors = file.metadata, file.tensors
+        alpha, tensors = alpha_of(file), file.tensors
         ranks = Counter(
             info.shape[-1] if name == EMBEDDING + A else (1, *info.shape)[-2]
             for name, info in tensors.items()
@@ -23,10 +23,9 @@ def summarize_gguf(path: Path) -> dict[str, Any]:
         return {
             "file": str(path),
             "format": "gguf",
-            "kind": meta.get(KIND),
-            "architecture": meta.get("general.architecture"),
+            "architecture": str(file.metadata.get("general.architecture")),
             "bytes": file.nbytes,
-            "alpha": meta.get(ALPHA, 0.0),
+            "alpha": alpha,
             "ranks": dict(sorted(ranks.items())),
             "pairs": sum(name.endswith(A) for name in tensors),
             "targets": _counted(name.removesuffix(A) for name in tensors if name.endswith(A)),
@@ -45,7 +44,6 @@ def summarize_peft(path: Path) -> dict[str, Any]:
     return {
         "file": str(path),
         "format": "peft",
-        "kind": "lora",
         "architecture": None,
         "bytes": path.stat().st_size,
         "alpha": config.alpha,

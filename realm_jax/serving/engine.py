@@ -199,17 +199,17 @@ class Engine:
         if self.has_work:
             raise RequestError("warmup needs an idle engine; finish or abort the running requests")
         self._in_flight.clear()  # steps past the end of sequences that have ended
-        self.scheduler.slots.forget()
+        self.scheduler.forget()
         self._runner.warmup()
         return len(self.programs)
 
     def _lose_all(self) -> None:
         self._in_flight.clear()
         self._runner.forget()
-        self.scheduler.slots.forget()
+        self.scheduler.forget()
         for request_id in list(self._transcripts):
             self._lost += self.abort(request_id)
-        self.scheduler.slots.forget()
+        self.scheduler.forget()
 
     def _end_expired(self) -> list[TextDelta]:
         ended: list[TextDelta] = []

@@ -52,7 +52,7 @@ def pack_prompts(
 def no_adapters(rows: int) -> AdapterRows:
     """Rows that have none, in host memory."""
     shape = rows, MAX_LORAS_PER_REQUEST
-    return AdapterRows(np.zeros(shape, np.int32), np.zeros(shape, np.float32))  # pyright: ignore[reportArgumentType]: jit takes NumPy's
+    return AdapterRows(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
 
 
 def prompt_targets(plan: Prefill) -> PromptTargets | None:

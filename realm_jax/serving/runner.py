@@ -70,13 +70,13 @@ class Runner:
         self.bank = banks.put(self.bank, slot, adapter)
 
     def copy(self, plan: Copy) -> None:
-        """What the plan's slot holds also stands in its target."""
-        slots = np.int32(plan.from_slot), np.int32(plan.to_slot)
+        """What the first tiles of the plan's slot hold also stands in its target."""
+        what = np.int32(plan.from_slot), np.int32(plan.to_slot), np.int32(plan.tiles)
         source, target = self._state(plan.from_pool), self._state(plan.to_pool)
         pools = self._buckets.pools
         name = copy_name(pools[plan.from_pool], pools[plan.to_pool])
         states, copy = ((target,), copy_within) if source is target else ((source, target), copy_up)
-        self._states[plan.to_pool] = self._call(name, copy, *states, *slots)
+        self._states[plan.to_pool] = self._call(name, copy, *states, *what)
 
     def warmup(self) -> None:
         """Every program has run once; what the slots held is lost."""
@@ -84,7 +84,7 @@ class Runner:
             for width in self._buckets.widths if self.bank.places else (0,):
                 self._warm_up(i, width)
             for source in range(max(i - 1, 0), i + 1):
-                self.copy(Copy(source, 0, i, 0))
+                self.copy(Copy(source, 0, i, 0, tiles=1))
         jax.block_until_ready(self._states)
 
     def _warm_up(self, i: int, width: int) -> None:

@@ -3,11 +3,14 @@
 Sequences wait by priority, then in order of arrival. One that is let in takes a slot of the smallest pool
 that fits its prompt; tiles of the prompt that another slot holds are copied, the rest is prefilled, several
 prompts in one call, cut at multiples of `TILE` whatever runs beside it. Then it decodes with all others of
-its pool, and moves up to the next pool when it has filled its slot. Prefill and decode take turns, so that
-running sequences wait for one prefill call at most between steps, and prompts for one step between calls.
+its pool, and moves up to the next pool when it has filled its slot. A slot that is taken gives what it holds
+to the free one that is least worth: of reusable prompts the one used longest ago is lost. Prefill and decode
+take turns, so that running sequences wait for one prefill call at most between steps, and prompts for one
+step between calls.
 """
 
 import heapq
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
@@ -51,12 +54,13 @@ class Decode:
 
 @dataclass(frozen=True)
 class Copy:
-    """What a slot holds also stands in another, of the same pool or the next larger one."""
+    """What a slot's first tiles hold also stands in another, of the same pool or the next larger one."""
 
     from_pool: int
     from_slot: int
     to_pool: int
     to_slot: int
+    tiles: int
 
 
 Plan = Prefill | Decode | Copy | LoadAdapter
@@ -86,6 +90,7 @@ class Scheduler:
         self.num_waiting = 0  # sequences without a slot
         self._num_added = 0
         self._prefilling: list[Sequence] = []  # by admission
+        self._copies: deque[Copy] = deque()  # decided, and not yet returned
         self._next_pool = 0
         self._prefill_is_next = True
 
@@ -120,8 +125,12 @@ class Scheduler:
 
     def schedule(self) -> Plan | None:
         """The next thing to do, counted as dispatched; None while nothing can run."""
-        if (copy := self._move() or self._admit()) is not None:
-            return copy
+        if not self._copies:
+            self._move()
+        if not self._copies:
+            self._admit()
+        if self._copies:
+            return self._copies.popleft()
         if (load := self.adapters.next_load()) is not None:
             return load
         order = (self._prefill, self._decode) if self._prefill_is_next else (self._decode, self._prefill)
@@ -162,6 +171,11 @@ class Scheduler:
         if sequence in self._prefilling:
             self._prefilling.remove(sequence)
 
+    def forget(self) -> None:
+        """Nothing stands in any slot: the device's memory was lost, or written to."""
+        self._copies.clear()
+        self.slots.forget()
+
     def _check_queue(self, count: int) -> None:
         if self._max_queue is None:
             return
@@ -179,24 +193,19 @@ class Scheduler:
             return None
         return self.slots[sequence.pool][sequence.slot]
 
-    def _admit(self) -> Copy | None:
-        """Waiting sequences have slots, as many as the next prefill call can serve.
-
-        Returns the copy of a prefix, if the last of them needs one.
-        """
+    def _admit(self) -> None:
+        """Waiting sequences have slots, as many as the next prefill call serves or until one needs copies."""
         most = max(tiles for pool in self.buckets.pools for tiles in pool.tiles)
-        while self.num_waiting and sum(s.tiles_left for s in self._prefilling) < most:
+        while self.num_waiting and not self._copies and sum(s.tiles_left for s in self._prefilling) < most:
             while self._waiting[0][2].finish_reason is not None:
                 heapq.heappop(self._waiting)
             sequence = self._waiting[0][2]
             if (free := self._place_for(sequence)) is None or not self._hold_adapters(sequence):
-                return None
+                return
             heapq.heappop(self._waiting)
             self.num_waiting -= 1
             self._prefilling.append(sequence)
-            if (copy := self._begin(sequence, free)) is not None:
-                return copy
-        return None
+            self._begin(sequence, free)
 
     def _place_for(self, sequence: Sequence) -> list[Slot] | None:
         """Free slots of the smallest pool that holds the prompt and, if one is wanted, a token more."""
@@ -216,7 +225,7 @@ class Scheduler:
         sequence.bank_slots = tuple(self.adapters.index_of(name) or 0 for name in names)
         return True
 
-    def _begin(self, sequence: Sequence, free: list[Slot]) -> Copy | None:
+    def _begin(self, sequence: Sequence, free: list[Slot]) -> None:
         """The sequence holds one of these slots, with all of its prompt that was computed before."""
         request, target = sequence.request, free[0]
         source = self.slots.prefix_of(request, target.pool) if self._prefix_caching else None
@@ -224,11 +233,26 @@ class Scheduler:
         if source is not None:  # best is a free slot that holds as much: nothing to copy
             target = next((slot for slot in free if slot.shared_tiles(request) == tiles), target)
             source = None if target.shared_tiles(request) == tiles else source
+        self._keep(target, request, source)
         self.slots.take(target, sequence, tiles)
         sequence.prefilled = sequence.reused = tiles * TILE
         if source is None:
-            return None
-        return Copy(source.pool, source.index, target.pool, target.index)
+            return
+        self._copies.append(Copy(source.pool, source.index, target.pool, target.index, tiles))
+        if source.sequence is None and source.pool == target.pool and source.is_start_of(request):
+            source.tiles = 0  # nothing that does not stand in the target, too
+
+    def _keep(self, target: Slot, request: Request, source: Slot | None) -> None:
+        """What stands in the slot that this request takes also stands in the free slot that is least worth.
+
+        It is lost if that is the slot itself, and not kept if the prompt begins so. The source of the
+        prompt's prefix is still to be read: it is not written to.
+        """
+        if not self._prefix_caching or target.is_start_of(request):
+            return
+        if (spare := self.slots.least(target.pool, but=source)) is not target:
+            self._copies.append(Copy(target.pool, target.index, target.pool, spare.index, target.tiles))
+            self.slots.transfer(target, spare)
 
     def _prefill(self) -> Prefill | None:
         """The first tiles of the pool whose prompt came first."""
@@ -276,7 +300,7 @@ class Scheduler:
     def _fits_step(self, sequence: Sequence, pool: int) -> bool:
         return sequence.wants_step and sequence.cached < self.buckets.pools[pool].capacity
 
-    def _move(self) -> Copy | None:
+    def _move(self) -> None:
         """The first sequence that filled its slot goes on in the next larger pool, if that has room."""
         for pool in range(len(self.buckets.pools) - 1):
             if not (free := self.slots.free(pool + 1)):
@@ -284,7 +308,9 @@ class Scheduler:
             for slot in sorted(self.slots[pool], key=lambda slot: slot.used):  # else the last ones starve
                 sequence = slot.sequence
                 if sequence is not None and sequence.wants_step and not self._fits_step(sequence, pool):
+                    self._keep(free[0], sequence.request, None)
+                    tiles = -(-sequence.cached // TILE)
+                    self._copies.append(Copy(pool, slot.index, pool + 1, free[0].index, tiles))
                     self.slots.take(free[0], sequence, slot.tiles)
                     self.slots.release(slot)
-                    return Copy(pool, slot.index, pool + 1, free[0].index)
-        return None
+                    return

@@ -21,6 +21,7 @@ TARGETS = (
     "realm_attention",
     "realm_cache_write",
     "realm_cache_write_int8",
+    "realm_extend",
     "realm_low_rank",
 )
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neon")

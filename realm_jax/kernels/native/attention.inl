@@ -21,9 +21,8 @@ inline F exp_nonpositive(F x) {
 }
 
 inline F tanh(F x) {
-  F magnitude = Vector::number(Vector::and_int(Vector::bits(x), Vector::all_int(0x7fffffff)));
   I sign = Vector::and_int(Vector::bits(x), Vector::all_int(INT32_MIN));
-  F e = exp_nonpositive(Vector::mul(magnitude, Vector::all(-2)));
+  F e = exp_nonpositive(Vector::mul(Vector::magnitude(x), Vector::all(-2)));
   F t = Vector::div(Vector::sub(Vector::all(1), e), Vector::add(Vector::all(1), e));
   return Vector::number(Vector::add_int(Vector::bits(t), sign));
 }
@@ -231,13 +230,9 @@ inline void open_item(const Attention& a, const Workspace& w, int64_t b, int64_t
     const int64_t start = a.window == 0 || at < a.window ? 0 : (at - a.window + 1) / SPAN;
     *low = start < *low ? start : *low;
     *high = at / SPAN + 1 > *high ? at / SPAN + 1 : *high;
-    const float* q = a.q + ((b * a.T + t) * a.N + n) * a.H;
-    for (int64_t h = 0; h < w.width; h += LANES) {
-      float padded[LANES] = {};
-      const int64_t rest = a.H - h;
-      if (rest < LANES && rest > 0) std::memcpy(padded, q + h, static_cast<size_t>(rest) * 4);
-      Vector::store_bf16(reinterpret_cast<uint16_t*>(w.queries + m * (w.width / 2)) + h, Vector::load(rest < LANES ? padded : q + h));
-    }
+    const float* q = a.q + (b * a.T + t) * a.stride + n * a.H;
+    uint16_t* halves = reinterpret_cast<uint16_t*>(w.queries + m * (w.width / 2));
+    for (int64_t h = 0; h < w.width; h += LANES) Vector::store_bf16(halves + h, load_some(q + h, a.H - h));
   }
 }
 

@@ -4,13 +4,6 @@
 
 constexpr int32_t FLOAT_INFINITY = 0x7f800000, ROUNDS_TO_INFINITY = 0x7f7f8000;  // in float32, to bf16
 
-inline F load_some(const float* p, int64_t count) {
-  if (count >= LANES) return Vector::load(p);
-  float padded[LANES] = {};
-  std::memcpy(padded, p, static_cast<size_t>(count) * 4);
-  return Vector::load(padded);
-}
-
 // One head of one token among the pairs of its block.
 inline void write_keys(const float* x, int64_t size, uint32_t* block, int64_t c) {
   uint16_t halves[LANES];
@@ -52,7 +45,7 @@ void write(const CacheWrite& c, int64_t first, int64_t last) {
     const int64_t slot = c.slots == nullptr ? token / c.T : c.slots[token / c.T], at = c.positions[token];
     if (slot < 0 || slot >= c.S || at < 0 || at >= c.C) continue;
     for (int64_t k = 0; k < c.K; k++) {
-      const float* x = c.x + (token * c.K + k) * c.H;
+      const float* x = c.x + token * c.stride + k * c.H;
       const int64_t row = (slot * c.K + k) * c.C + at;
       if (c.scales != nullptr) {
         c.scales[row] = write_codes(x, c.H, static_cast<int8_t*>(c.cache) + row * c.H);

@@ -130,12 +130,8 @@ def attention(
     """
     none = jnp.zeros(0, jnp.float32)
     call = jax.ffi.ffi_call("realm_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
-    how: dict[str, Any] = {
-        "scale": np.float32(scale),
-        "softcap": np.float32(softcap or 0),
-        "window": np.int64(window or 0),
-    }
     scales = (none if k_scale is None else k_scale, none if v_scale is None else v_scale)
+    how = _scoring(scale, softcap, window)
     return call(q, k, v, *scales, _or_none(slots), positions, **how)  # pyright: ignore[reportReturnType]
 
 
@@ -166,15 +162,56 @@ def write_cache_int8(
     return tuple(call(x, _or_none(slots), positions, cache, scales))  # pyright: ignore[reportReturnType]
 
 
+def extend(
+    heads: Float[Array, "B T all H"],
+    cos: Float[Array, "B T P"],
+    sin: Float[Array, "B T P"],
+    interleaved: bool,
+    slots: Int[Array, "B"] | None,
+    positions: Int[Array, "B T"],
+    cache: tuple[Array, ...],  # keys and values, then, of int8, their scales
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Float[Array, "B T N H"], tuple[Array, ...]]:
+    """What `rotate`, `write_cache` and `attention` give of N queries, K keys and K values, in one call.
+
+    The cache is written in place where it is donated.
+    """
+    B, T, count, H = heads.shape
+    shapes = [(B, T, count - 2 * cache[0].shape[1], H), *(each.shape for each in cache)]
+    types = [jnp.float32, *(each.dtype for each in cache)]
+    call = jax.ffi.ffi_call(
+        "realm_extend",
+        [jax.ShapeDtypeStruct(*each) for each in zip(shapes, types, strict=True)],
+        input_output_aliases={5 + i: 1 + i for i in range(len(cache))},
+    )
+    none = [jnp.zeros(0, jnp.float32)] * (4 - len(cache))
+    how = _scoring(scale, softcap, window)
+    out, *written = call(
+        heads, cos, sin, _or_none(slots), positions, *cache, *none, interleaved=interleaved, **how
+    )
+    return out, tuple(written)
+
+
+def _scoring(scale: float, softcap: float | None, window: int | None) -> dict[str, Any]:
+    return {
+        "scale": np.float32(scale),
+        "softcap": np.float32(softcap or 0),
+        "window": np.int64(window or 0),
+    }
+
+
 def add_low_rank(
-    y: Float[Array, "*lead O"],
+    y: Float[Array, "B *lead O"],
     x: Float[Array, "B *lead I"],
     bank: UInt16[Array, "L N"],
     ranks: Int[Array, "L projections"],
     index: Int[Array, "B A"],
     scale: Float[Array, "B A"],
     form: LowRankForm,
-) -> Float[Array, "*lead O"]:
+) -> Float[Array, "B *lead O"]:
     """y and what `kernels.low_rank` adds to it, of factors in bf16 pairs; x and `x @ a` are rounded to bf16.
 
     A pair of `a` is two neighbouring inputs, one of `b` two ranks; ranks: those of each slot and projection,

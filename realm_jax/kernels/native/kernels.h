@@ -71,6 +71,7 @@ struct Rope {
   const float* cos;  // [M, P]
   const float* sin;
   float* y;          // [M, N, H]
+  int64_t stride;    // from a token's heads in x to the next one's
   int64_t heads, H, pairs;
   bool interleaved;  // a pair is (2i, 2i + 1), else (i, i + P)
 };
@@ -91,6 +92,7 @@ struct Attention {
   float scale, softcap;      // softcap 0: none
   int64_t window;            // 0: none
   int64_t tokens;            // of an item: an item is (row, kv head, this many tokens)
+  int64_t stride;            // from a token's queries to the next one's
 };
 
 struct CacheWrite {
@@ -100,6 +102,7 @@ struct CacheWrite {
   void* cache;               // packed bf16, or int8 [S, K, C, H] where there are scales
   float* scales;             // [S, K, C] or null
   int64_t T, K, S, C, H;
+  int64_t stride;            // from a token's heads in x to the next one's
   bool is_keys;
 };
 
@@ -128,8 +131,6 @@ struct Kernels {
   void (*write)(const CacheWrite&, int64_t first_token, int64_t last_token);
   void (*add_low_rank)(const LowRank&, int64_t first_token, int64_t last_token);
 };
-
-extern const Kernels* kernels;  // the set that was chosen
 
 // Memory of this thread, at least so many bytes at a 64-byte boundary, valid until the next call.
 void* scratch(size_t bytes);

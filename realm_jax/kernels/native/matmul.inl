@@ -3,6 +3,14 @@
 using F = Vector::F;
 using I = Vector::I;
 
+// The first `count` numbers, then zeros.
+inline F load_some(const float* p, int64_t count) {
+  if (count >= LANES) return Vector::load(p);
+  float padded[LANES] = {};
+  if (count > 0) std::memcpy(padded, p, static_cast<size_t>(count) * sizeof(float));
+  return Vector::load(padded);
+}
+
 // Codes and scales of the rows: x is rounded to 127 steps of each block's largest magnitude.
 void quantize(const Rows& rows, int64_t first, int64_t last) {
   const I magnitude = Vector::all_int(0x7fffffff);

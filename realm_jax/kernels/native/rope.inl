@@ -14,7 +14,7 @@ void rotate(const Rope& r, int64_t first, int64_t last) {
       sin[2 * p] = -s[p], sin[2 * p + 1] = s[p];
     }
     for (int64_t n = 0; n < r.heads; n++) {
-      const float* x = r.x + (t * r.heads + n) * r.H;
+      const float* x = r.x + t * r.stride + n * r.H;
       float* y = r.y + (t * r.heads + n) * r.H;
       for (int64_t i = 0; i < whole; i += LANES) {
         F a = Vector::load(x + i);

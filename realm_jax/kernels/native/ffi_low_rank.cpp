@@ -1,12 +1,5 @@
 // What low-rank adapters add to a projection, as an XLA custom call.
-#include "xla/ffi/api/ffi.h"
-
-#include <algorithm>
-
-#include "kernels.h"
-#include "parallel.h"
-
-namespace ffi = xla::ffi;
+#include "ffi.h"
 
 namespace realm {
 namespace {
@@ -16,7 +9,7 @@ ffi::Error add(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y, ffi::Buffer<ffi::F
                ffi::ResultBuffer<ffi::F32> result, ffi::Span<const int64_t> outputs, int64_t rank, int64_t start, int64_t column) {
   auto rows = index.dimensions(), inputs = x.dimensions(), width = y.dimensions(), slots = bank.dimensions(), kept = ranks.dimensions();
   if (inputs.size() != 2 || width.size() != 2 || slots.size() != 2 || rows.size() != 2 || kept.size() != 2)
-    return ffi::Error::InvalidArgument("realm_low_rank: x, y, bank, ranks and index must be matrices");
+    return invalid("realm_low_rank: x, y, bank, ranks and index must be matrices");
   const int64_t M = inputs[0];
   LowRank p{x.typed_data(), result->typed_data(), bank.typed_data(), ranks.typed_data(), index.typed_data(), scale.typed_data(), outputs.begin()};
   p.inputs = inputs[1], p.width = width[1], p.parts = static_cast<int64_t>(outputs.size()), p.rank = rank, p.start = start;
@@ -24,12 +17,12 @@ ffi::Error add(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y, ffi::Buffer<ffi::F
   int64_t total = 0;
   for (int64_t count : outputs) total += count, p.columns += (count + LANES - 1) / LANES * LANES;
   auto same = scale.dimensions();
-  if (result->typed_data() != y.typed_data()) return ffi::Error::InvalidArgument("realm_low_rank: y is not changed in place");
+  if (result->typed_data() != y.typed_data()) return invalid("realm_low_rank: y is not changed in place");
   if (rows[0] == 0 || M % rows[0] != 0 || width[0] != M || total != p.width || !std::equal(rows.begin(), rows.end(), same.begin(), same.end()))
-    return ffi::Error::InvalidArgument("realm_low_rank: x, y, index and scale are not of the same rows");
+    return invalid("realm_low_rank: x, y, index and scale are not of the same rows");
   if (p.inputs % 2 != 0 || rank <= 0 || rank % LANES != 0 || kept[0] != p.slots || column < 0 || column >= p.projections || start < 0 ||
       start % 2 != 0 || start + rank * (p.inputs * p.parts + p.columns) > p.stride || p.stride % 2 != 0)
-    return ffi::Error::InvalidArgument("realm_low_rank: the factors do not fit the bank");
+    return invalid("realm_low_rank: the factors do not fit the bank");
   p.tokens = M / rows[0];
   const int64_t grain = (M + 4 * pool.num_threads() - 1) / (4 * std::max<int64_t>(pool.num_threads(), 1));
   const bool has_any = std::any_of(p.index, p.index + rows[0] * rows[1], [](int32_t slot) { return slot > 0; });
@@ -39,6 +32,8 @@ ffi::Error add(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y, ffi::Buffer<ffi::F
 
 }  // namespace
 }  // namespace realm
+
+namespace ffi = xla::ffi;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_low_rank, realm::add,
                               ffi::Ffi::Bind()
