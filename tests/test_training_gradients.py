@@ -170,7 +170,7 @@ def test_attention_of_a_sequence_is_that_of_the_cache(window: int | None, softca
     q, k, v = (jnp.asarray(rng.standard_normal((2, 19, n, 8), np.float32)) for n in (6, 2, 2))
     positions = jnp.broadcast_to(jnp.arange(19, dtype=jnp.int32), (2, 19))
     how: dict[str, Any] = {"scale": 0.4, "softcap": softcap, "window": window}
-    found = SequenceCache().write(k, v, None, positions).attend(q, None, positions, **how)
+    found = SequenceCache.empty(2).write(k, v, None, positions).attend(q, None, positions, **how)
     wanted = reference.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, **how)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 

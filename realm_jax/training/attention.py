@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from realm_jax.cache import Slots
+from realm_jax.cache import Slots, Stepwise
 from realm_jax.kernels.reference import product
 
 HIDDEN = -1e30
@@ -16,15 +16,20 @@ HIDDEN = -1e30
 
 
 @struct.dataclass
-class SequenceCache:
+class SequenceCache(Stepwise):
     """Keys and values of whole sequences, each row's positions 0 to T - 1. Nothing outlives the call."""
 
-    k: jax.Array | None = None  # [B, T, K, H]
-    v: jax.Array | None = None  # [B, T, K, H]
+    k: jax.Array  # [B, K, T, H]
+    v: jax.Array  # [B, K, T, H]
+
+    @classmethod
+    def empty(cls, kv_heads: int) -> "SequenceCache":
+        """A cache that nothing was written to."""
+        return cls(jnp.zeros((0, kv_heads, 0, 0)), jnp.zeros((0, kv_heads, 0, 0)))
 
     def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "SequenceCache":
         """As `Cache.write`: the rows are the slots, and they are filled at once."""
-        return SequenceCache(k, v)
+        return SequenceCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     def attend(
         self,
@@ -37,14 +42,13 @@ class SequenceCache:
         window: int | None,
     ) -> Float[Array, "B T N H"]:
         """As `Cache.attend`, in float32."""
-        assert self.k is not None and self.v is not None, "attend comes after write"
         B, T, N, H = q.shape
-        grouped = q.reshape(B, T, self.k.shape[2], -1, H)
-        scores = product("btkgh,bskh->bkgts", grouped, self.k) * scale
+        grouped = q.reshape(B, T, self.k.shape[1], -1, H)
+        scores = product("btkgh,bksh->bkgts", grouped, self.k) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         weights = jax.nn.softmax(jnp.where(_visible(T, window)[None, None, None], scores, HIDDEN), axis=-1)
-        return product("bkgts,bskh->btkgh", weights, self.v).reshape(B, T, N, H)
+        return product("bkgts,bksh->btkgh", weights, self.v).reshape(B, T, N, H)
 
 
 def _visible(T: int, window: int | None) -> Bool[Array, "T T"]:

@@ -26,7 +26,7 @@ def summed_loss(
     """
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    caches = (SequenceCache(),) * model.config.num_layers
+    caches = (SequenceCache.empty(model.config.num_kv_heads),) * model.config.num_layers
     hidden, _ = hidden_states(model, params, tokens, positions, caches, None)
     hidden, targets = hidden[:, :-1].reshape(B * (T - 1), -1), tokens[:, 1:].reshape(-1)
     return _summed(model, params, hidden, targets, is_target[:, 1:].reshape(-1))
