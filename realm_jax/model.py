@@ -16,9 +16,13 @@ Caches = tuple[Cache, ...]  # one a layer: a single stacked array would be copie
 
 
 class Transformer(nn.Module):
-    """Every dense and mixture-of-experts family, through the switches of `ModelConfig`."""
+    """Every dense and mixture-of-experts family, through the switches of `ModelConfig`.
+
+    block: the kind of a layer's module; training may choose one that keeps less for the backward pass.
+    """
 
     config: ModelConfig
+    block: type[Block] = Block
 
     def __call__(
         self,
@@ -38,7 +42,7 @@ class Transformer(nn.Module):
         where = Where(slots, positions, {name: rope.at(positions) for name, rope in ropes.items()})
         written = []
         for i, (kind, cache) in enumerate(zip(c.layers, caches, strict=True)):
-            block = Block(c, kind, parent=None)
+            block = self.block(c, kind, parent=None)
             x, new = _apply_block(block, self.get_variable("params", f"layer_{i}"), x, cache, where)
             written.append(new)
         norm = RMSNorm(c.norm_eps, parent=None)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from realm_jax.cli import options
-from realm_jax.errors import RequestError, UnsupportedError
+from realm_jax.cli import options, plots
+from realm_jax.errors import RequestError
 
 if TYPE_CHECKING:
     from realm_jax.benchmark import Benchmark, Latency, Load, Row, Test
@@ -90,7 +90,7 @@ def bench(
     if rates and (len(prompts) > 1 or len(tokens) > 1 or 0 in (*prompts, *tokens)):
         raise RequestError(f"--rate needs one -p and one -n above 0, not -p {n_prompt} -n {n_gen}")
     if plot is not None:
-        _check_plot(plot)
+        plots.check_plot(plot)
 
     from realm_jax.benchmark import Benchmark, Load, PromptProcessing, TextGeneration, setup
     from realm_jax.cli.session import Status, open_model
@@ -235,44 +235,21 @@ def _latency_lines(found: "Latency", batch: int) -> Iterator[str]:
     )
 
 
-def _check_plot(path: Path) -> None:
-    """A plot can be written to the path. Raises UnsupportedError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise UnsupportedError("--plot needs matplotlib: pip install 'realm-jax[plot]'") from error
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
-        raise RequestError(f"--plot is {str(path)!r}; its name must end with .png, .svg or .pdf")
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"--plot {path}: the folder does not exist")
-
-
 def _draw(rows: Sequence["Row"], title: str, path: Path) -> None:
     """A line for each test over batch sizes, with its deviation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
-    axes = figure.add_subplot(title=title, xlabel="sequences at once", ylabel="tokens a second, in total")
-    for (test, depth), group in itertools.groupby(rows, lambda row: (row.test, row.depth)):
-        mine = sorted(group, key=lambda row: row.batch)
-        axes.errorbar(
-            [row.batch for row in mine],
-            [row.tokens_per_second for row in mine],
-            [row.stddev for row in mine],
-            marker="o",
-            capsize=3,
-            label=f"{test} @ d{depth}" if depth else test,
-        )
-    batches = sorted({row.batch for row in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(batches, [str(batch) for batch in batches], minor=False)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise RequestError(f"--plot {path}: {error.strerror}") from error
+    labels = {"xlabel": "sequences at once", "ylabel": "tokens a second, in total"}
+    with plots.axes(path, title=title, **labels) as axes:
+        for (test, depth), group in itertools.groupby(rows, lambda row: (row.test, row.depth)):
+            mine = sorted(group, key=lambda row: row.batch)
+            axes.errorbar(
+                [row.batch for row in mine],
+                [row.tokens_per_second for row in mine],
+                [row.stddev for row in mine],
+                marker="o",
+                capsize=3,
+                label=f"{test} @ d{depth}" if depth else test,
+            )
+        batches = sorted({row.batch for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches], minor=False)
+        axes.set_ylim(bottom=0)

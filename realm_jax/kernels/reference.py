@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from realm_jax.config import MIN_ROWS
 
 
+@jax.custom_jvp
 def row_sum(x: Float[Array, "*lead n"]) -> Float[Array, "*lead"]:
     """The sum of each row, by halving.
 
@@ -26,6 +27,12 @@ def row_sum(x: Float[Array, "*lead n"]) -> Float[Array, "*lead"]:
     return x[..., 0]
 
 
+@row_sum.defjvp
+def _row_sum_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """Any sum does: what the tree's slices turn into backwards is many times slower."""
+    return row_sum(*primals), tangents[0].sum(axis=-1)
+
+
 def rms_norm(x: Float[Array, "*lead D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*lead D"]:
     """Rows scaled to root mean square 1, then by `scale` (Zhang and Sennrich 2019)."""
     mean_square = row_sum(x * x)[..., None] / x.shape[-1]
@@ -38,15 +45,39 @@ def matmul(x: Float[Array, "*lead I"], weight: Float[Array, "O I"]) -> Float[Arr
     Rows are padded to `MIN_ROWS`: a one-row product rewrites the whole weight on CPU, and sums it in
     another order. The result is asked for in float32, because a bf16 result is many times slower there.
     """
-    flat = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
-    y = jax.lax.dot_general(
-        pad_axis(flat, 0, MIN_ROWS),
-        weight,
-        (((1,), (1,)), ((), ())),
+    y = _matmul(x.reshape(-1, x.shape[-1]).astype(jnp.float32), weight)
+    return y.reshape(*x.shape[:-1], weight.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@jax.custom_vjp
+def _matmul(x: Array, weight: Array) -> Array:
+    rows = pad_axis(x.astype(weight.dtype), 0, MIN_ROWS)
+    return _dot(rows, weight, 1, 1)[: x.shape[0]]
+
+
+def _matmul_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _matmul(x, weight), (x, weight)  # pyright: ignore[reportReturnType]
+
+
+def _matmul_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    """Products in the weight's type too: of float32 by bf16, XLA would widen the whole weight."""
+    x, weight = kept
+    dy = cotangent.astype(weight.dtype)
+    return _dot(dy, weight, 1, 0), _dot(dy, x.astype(weight.dtype), 0, 0).astype(weight.dtype)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _dot(a: Array, b: Array, axis_of_a: int, axis_of_b: int) -> Array:
+    """The product of two matrices over these axes, in float32."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((axis_of_a,), (axis_of_b,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    return y[: flat.shape[0]].reshape(*x.shape[:-1], weight.shape[0])
 
 
 def attention(

@@ -12,6 +12,7 @@ A tile is 16 outputs, one record of bytes: codes, then scales, then minima, fill
 L tiles, I inputs, O outputs, S super-groups and G groups of inputs.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -59,7 +60,31 @@ def tiles_matmul(
     x: Float[Array, "*lead I"], tiles: UInt8[Array, "L bytes"], form: TileFormat, outputs: int
 ) -> Float[Array, "*lead O"]:
     """`x @ weight.T`, all in float32."""
+    y = _tiles_matmul(x.reshape(-1, x.shape[-1]).astype(jnp.float32), tiles, form, outputs)
+    return y.reshape(*x.shape[:-1], outputs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _tiles_matmul(x: Array, tiles: Array, form: TileFormat, outputs: int) -> Array:
     return matmul(x, dequantize_tiles(tiles, form)[:outputs])
+
+
+def _tiles_forward(x: Array, tiles: Array, form: TileFormat, outputs: int) -> tuple[Array, Array]:
+    return _tiles_matmul(x, tiles, form, outputs), tiles  # pyright: ignore[reportReturnType]
+
+
+def tiles_backward(form: TileFormat, outputs: int, tiles: Array, cotangent: Array) -> tuple[Array, None]:
+    """The transposed product.
+
+    The codes are expanded again, and not before they are needed: the weights of all layers, kept from the
+    forward pass on, would be the whole model in float32.
+    """
+    tiles, cotangent = jax.lax.optimization_barrier((tiles, cotangent))
+    weight = dequantize_tiles(tiles, form)[:outputs]
+    return jnp.matmul(cotangent, weight, precision=jax.lax.Precision.HIGHEST), None
+
+
+_tiles_matmul.defvjp(_tiles_forward, tiles_backward)
 
 
 def dequantize_tiles(tiles: UInt8[Array, "L bytes"], form: TileFormat) -> Float[Array, "O I"]:

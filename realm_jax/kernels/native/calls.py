@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Int8, UInt8, UInt16, UInt32
 
 from realm_jax.kernels import reference
 from realm_jax.kernels.low_rank import LowRankForm
-from realm_jax.kernels.tiles import TileFormat, dequantize_tiles
+from realm_jax.kernels.tiles import TileFormat, tiles_backward
 
 
 def tiles_matmul(
@@ -48,13 +48,7 @@ def _tiles_forward(x: Array, tiles: Array, form: TileFormat, outputs: int) -> tu
     return _tiles_matmul(x, tiles, form, outputs), tiles  # pyright: ignore[reportReturnType]
 
 
-def _tiles_backward(form: TileFormat, outputs: int, tiles: Array, cotangent: Array) -> tuple[Array, None]:
-    """As if x had not been rounded: the transposed product."""
-    weight = dequantize_tiles(tiles, form)[:outputs]
-    return jnp.matmul(cotangent, weight, precision=jax.lax.Precision.HIGHEST), None
-
-
-_tiles_matmul.defvjp(_tiles_forward, _tiles_backward)
+_tiles_matmul.defvjp(_tiles_forward, tiles_backward)  # as if x had not been rounded
 
 
 @jax.custom_vjp

@@ -1,0 +1,58 @@
+"""The cache of training: a sequence's own keys and values, and the plain formula over them.
+
+B rows, T tokens, N query heads, K kv heads, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from realm_jax.cache import Slots, Stepwise
+from realm_jax.kernels.reference import product
+
+HIDDEN = -1e30
+"""The score of a position that a query does not see: its weight is exactly 0."""
+
+
+@struct.dataclass
+class SequenceCache(Stepwise):
+    """Keys and values of whole sequences, each row's positions 0 to T - 1. Nothing outlives the call."""
+
+    k: jax.Array  # [B, K, T, H]
+    v: jax.Array  # [B, K, T, H]
+
+    @classmethod
+    def empty(cls, kv_heads: int) -> "SequenceCache":
+        """A cache that nothing was written to."""
+        return cls(jnp.zeros((0, kv_heads, 0, 0)), jnp.zeros((0, kv_heads, 0, 0)))
+
+    def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "SequenceCache":
+        """As `Cache.write`: the rows are the slots, and they are filled at once."""
+        return SequenceCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        slots: Slots,
+        positions: Int[Array, "B T"],
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Float[Array, "B T N H"]:
+        """As `Cache.attend`, in float32."""
+        B, T, N, H = q.shape
+        grouped = q.reshape(B, T, self.k.shape[1], -1, H)
+        scores = product("btkgh,bksh->bkgts", grouped, self.k) * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        weights = jax.nn.softmax(jnp.where(_visible(T, window)[None, None, None], scores, HIDDEN), axis=-1)
+        return product("bkgts,bksh->btkgh", weights, self.v).reshape(B, T, N, H)
+
+
+def _visible(T: int, window: int | None) -> Bool[Array, "T T"]:
+    """Whether the query of a row sees the position of a column."""
+    at = jnp.arange(T, dtype=jnp.int32)
+    distance = at[:, None] - at[None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
