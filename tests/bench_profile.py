@@ -31,7 +31,7 @@ RULES = (  # the first that is found in a label names the part
         r"realm_\w*(matmul|product)|Linear\.__call__|__rmatmul__|/(qkv|out|gate_up|down|router)/|\.logits/",
     ),
     ("cache update", r"realm_\w*cache|Cache\.write|^jit\(\w+\)/scatter"),
-    ("attention", r"realm_\w*attention|Cache\.attend|/attention/.*(while|dot_general)"),
+    ("attention", r"realm_\w*(attention|extend)|Cache\.attend|/attention/.*(while|dot_general)"),
     ("sampling", r"realm_\w*(sampl|top_k|argmax)|\bsample\b|/cond/branch|^jit\(\w+\)/(?!Transformer)"),
     ("norm and elementwise", r"realm_|Transformer|Block"),
 )

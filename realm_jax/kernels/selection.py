@@ -12,13 +12,30 @@ from realm_jax.kernels.reference import row_sum
 TILE = 16
 """Top-k looks for the best tiles of so many values first."""
 
+ARGMAX_TILE = 64
+"""The same for the best alone."""
+
 
 def first_argmax(x: Float[Array, "R V"]) -> Int[Array, "R"]:
-    """The first index of each row's maximum: two plain reductions, many times faster than argmax on CPU."""
-    V = x.shape[-1]
-    ids = jnp.arange(V, dtype=jnp.int32)[None]
-    first = jnp.where(x == x.max(axis=-1, keepdims=True), ids, V).min(axis=-1)
-    return jnp.minimum(first, V - 1)  # a row of NaN has no maximum
+    """The first index of each row's maximum: of the tiles' maxima first, then within that tile.
+
+    Many times faster than argmax on CPU, where one reads the row twice or compares it number by number.
+    """
+    R, V = x.shape
+    tiles = -(-V // ARGMAX_TILE)
+    padding = ((0, 0), (0, tiles * ARGMAX_TILE - V))
+    tiled = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(R, tiles, ARGMAX_TILE)
+    tile = _plain_first_argmax(tiled.max(axis=-1))
+    within = jnp.take_along_axis(tiled, tile[:, None, None], axis=1)[:, 0]
+    return jnp.minimum(tile * ARGMAX_TILE + _plain_first_argmax(within), V - 1)
+
+
+def _plain_first_argmax(x: Float[Array, "R n"]) -> Int[Array, "R"]:
+    """By two reductions."""
+    n = x.shape[-1]
+    ids = jnp.arange(n, dtype=jnp.int32)[None]
+    first = jnp.where(x == x.max(axis=-1, keepdims=True), ids, n).min(axis=-1)
+    return jnp.minimum(first, n - 1)  # a row of NaN has no maximum
 
 
 def top_k(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R A"], Int[Array, "R A"]]:
