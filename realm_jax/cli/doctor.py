@@ -18,8 +18,12 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     ctx_size: options.CtxSize = None,
     device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    weights: options.Weights = "auto",
+    kernels: options.Kernels = "auto",
+    kv_dtype: options.KVDType = "auto",
 ) -> None:
-    """Show versions, devices, caches, the default model, and the programs that a run may compile.
+    """Show versions, devices, caches, the default model, and the programs that such a run may compile.
 
     Example: realm doctor --json
     """
@@ -28,12 +32,17 @@ def doctor(
     from realm_jax import hub, runtime
     from realm_jax.buckets import Buckets
     from realm_jax.config import EngineConfig
+    from realm_jax.kernels.low_rank import LANES
 
-    config = EngineConfig(ctx_size=ctx_size, device=device)
+    config = EngineConfig(
+        ctx_size=ctx_size, device=device, dtype=dtype, weights=weights, kernels=kernels, kv_dtype=kv_dtype
+    )
     runtime.configure(config)
     numerics = runtime.resolve_numerics(config)
     missing = runtime.missing_kernels(config)
     default = hub.cached_path()
+    buckets = Buckets.plan(ctx_size or 4096, config, numerics.least_rows, numerics.adapter_widths)
+    programs, with_adapters = buckets.programs(), buckets.programs(rank=LANES)
     facts: dict[str, Any] = {
         "realm_jax": __version__,
         "python": platform.python_version(),
@@ -49,12 +58,14 @@ def doctor(
         "cache": str(hub.cache_dir()),
         "compile_cache": str(runtime.program_folder(hub.cache_dir()) or "off"),
         "default_model": str(default) if default else "not downloaded (realm models pull)",
-        "programs": Buckets.plan(ctx_size or 4096, config, numerics.least_rows).programs(),
+        "programs": programs,
+        "adapter_programs": [name for name in with_adapters if name not in programs],
     }
     if as_json:
         print(json.dumps(facts))
         return
-    programs = facts.pop("programs")
+    del facts["programs"]
+    facts["adapter_programs"] = f"{len(facts['adapter_programs'])} more for each rank of adapters in use"
     print(table((name.replace("_", " "), _text(value)) for name, value in facts.items()))
     print(f"\nprograms that a run may compile: {len(programs)}", *programs, sep="\n  ")
 

@@ -34,7 +34,7 @@ class ModelFlags:
     ctx_size: options.CtxSize = None
     threads: Annotated[int | None, flag("-t --threads", "CPU threads.", metavar="N", default="all")] = None
     device: options.Device = "auto"
-    dtype: Annotated[options.DTypeName, flag("--dtype", "Arithmetic.")] = "auto"
+    dtype: options.DType = "auto"
     weights: Annotated[
         Literal["auto", "dense", "quantized", "int8"],
         flag("--weights", "The frozen base: expanded, the file's own codes, or rounded to 8 bits."),

@@ -8,8 +8,6 @@ from realm_jax.cli.adapters import scaled
 from realm_jax.cli.flags import flag
 from realm_jax.errors import RequestError
 
-DTypeName = Literal["auto", "bfloat16", "float32"]
-KVName = Literal["auto", "bfloat16", "float32", "int8"]
 FROM_FILE = "{} or the file's"
 
 Model = Annotated[
@@ -33,6 +31,17 @@ CtxSize = Annotated[
     ),
 ]
 Device = Annotated[Literal["auto", "cpu", "gpu", "tpu"], flag("--device", "Where to run.")]
+DType = Annotated[Literal["auto", "bfloat16", "float32"], flag("--dtype", "Arithmetic.")]
+Weights = Annotated[
+    Literal["auto", "dense", "quantized", "int8"],
+    flag("--weights", "Storage of weights: expanded, the file's own codes, or rounded to 8 bits."),
+]
+Kernels = Annotated[
+    Literal["auto", "xla", "native"], flag("--kernels", "Who multiplies: C++ (on CPU), or XLA alone.")
+]
+KVDType = Annotated[
+    Literal["auto", "bfloat16", "float32", "int8"], flag("--kv-dtype", "Storage of the KV cache.")
+]
 
 
 @dataclass(frozen=True)
@@ -92,16 +101,10 @@ class EngineFlags:
             default="no limit",
         ),
     ] = None
-    dtype: Annotated[DTypeName, flag("--dtype", "Arithmetic.")] = "auto"
-    weights: Annotated[
-        Literal["auto", "dense", "quantized", "int8"],
-        flag("--weights", "Storage of weights: expanded, the file's own codes, or rounded to 8 bits."),
-    ] = "auto"
-    kernels: Annotated[
-        Literal["auto", "xla", "native"],
-        flag("--kernels", "Who multiplies: C++ (on CPU), or XLA alone."),
-    ] = "auto"
-    kv_dtype: Annotated[KVName, flag("--kv-dtype", "Storage of the KV cache.")] = "auto"
+    dtype: DType = "auto"
+    weights: Weights = "auto"
+    kernels: Kernels = "auto"
+    kv_dtype: KVDType = "auto"
     lora: Annotated[
         list[str] | None,
         flag(
