@@ -1,5 +1,6 @@
 """Adapters that requests name: golden logits, rows that know nothing of each other, and coming and going."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import gguf as gguf_py
 import numpy as np
 import pytest
+from command_line import realm
 from conftest import count_compilations
 from tiny import VOCAB, write_model
 
@@ -252,3 +254,37 @@ def test_the_adapter_used_longest_ago_gives_way():
     slots.forget("b")
     assert use("d") == [("d", 2)]
     assert slots.index_of("b") is None
+
+
+def test_the_command_line_folds_and_registers(small_model: Path, tmp_path: Path):
+    llm = LLM(small_model, ctx_size=128, dtype="float32")
+    adapter = tmp_path / "a.gguf"
+    write_gguf(random_adapter(llm, 3, rank=4), llm.model.base, adapter)
+    llm.load_adapter("a", adapter)
+    ask = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0}
+    lines = [
+        {"id": "0"},
+        {"id": "1", "lora": "a"},
+        {"id": "2", "lora": [["a", -1.5]]},
+        {"id": "3", "model": "a"},
+    ]
+    lines += [{"id": "4", "lora": "b"}, {"id": "5", "lora": 7}]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(ask | line) + "\n" for line in lines))
+    run = ("-m", small_model, "-c", "128", "--dtype", "float32")
+    done = realm("batch", source, "-o", target, *run, "--lora", f"a={adapter}")
+    assert done.code == 1, done.err
+    rows = {row["custom_id"]: row for row in map(json.loads, target.read_text().splitlines())}
+    for key, named in (("0", None), ("1", "a"), ("2", [("a", -1.5)]), ("3", "a")):
+        wanted = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=8, temperature=0), lora=[named])[0].text
+        assert rows[key]["response"]["body"]["choices"][0]["text"] == wanted
+    assert rows["4"]["error"]["message"] == "adapter 'b' is not loaded; loaded: a"
+    assert "lora is 7; it must be an adapter's name" in rows["5"]["error"]["message"]
+
+    ask = ("generate", "hello", *run, "--raw", "-n", "8", "--temperature", "0")
+    folded = LLM(small_model, ctx_size=128, dtype="float32", fold=[(adapter, -1.5)])
+    wanted = folded.generate(["hello"], SamplingParams(max_tokens=8, temperature=0))[0].text
+    assert realm(*ask, "--lora", f"{adapter}:-1.5").out == wanted + "\n"
+    assert realm(*ask, "--lora", f"a={adapter}").error == (
+        f"--lora a={adapter}: nothing here can name an adapter; fold it with --lora {adapter}"
+    )
