@@ -97,7 +97,7 @@ def decode_name(rows: int, pool: Pool, width: int = 0, rank: int = 0) -> str:
 
 
 def _adapters(width: int, rank: int) -> str:
-    return f", {width} adapters of rank {rank}" if width else ""
+    return f", adapters {width} x rank {rank}" if width else ""
 
 
 def copy_name(source: Pool, target: Pool) -> str:

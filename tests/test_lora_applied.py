@@ -222,10 +222,9 @@ def test_what_cannot_be_named_is_refused(tiny_model: Path):
         ("b", "adapter 'b' is not loaded; loaded: a"),
         ([("a", 1.0)] * 5, "names 5 adapters; 4 is the most"),
         ([("a", float("nan"))], "scale of adapter 'a' is nan"),
-        ([["a"]], "it must be an adapter's name"),
     ):
         with pytest.raises(RequestError, match=message):
-            llm.generate([[1, 2]], GREEDY, lora=[named])  # pyright: ignore[reportArgumentType]
+            llm.generate([[1, 2]], GREEDY, lora=[named])
     assert not llm.engine.has_work
 
 
@@ -273,7 +272,7 @@ def test_the_command_line_folds_and_registers(small_model: Path, tmp_path: Path)
     source.write_text("".join(json.dumps(ask | line) + "\n" for line in lines))
     run = ("-m", small_model, "-c", "128", "--dtype", "float32")
     done = realm("batch", source, "-o", target, *run, "--lora", f"a={adapter}")
-    assert done.code == 1, done.err
+    assert done.code == 0, done.err
     rows = {row["custom_id"]: row for row in map(json.loads, target.read_text().splitlines())}
     for key, named in (("0", None), ("1", "a"), ("2", [("a", -1.5)]), ("3", "a")):
         wanted = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=8, temperature=0), lora=[named])[0].text

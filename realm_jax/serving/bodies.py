@@ -7,7 +7,7 @@ from typing import Any
 from realm_jax.errors import RequestError, UnsupportedError
 from realm_jax.llm import LLM
 from realm_jax.params import SamplingParams
-from realm_jax.serving.request import Adapters, GenerationOutput, TokenLogprob, chosen_adapters
+from realm_jax.serving.request import GenerationOutput, TokenLogprob, chosen_adapters
 from realm_jax.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -41,7 +41,7 @@ class Task:
     messages: list[dict[str, Any]] | None
     params: SamplingParams
     echo: bool = False  # the answer begins with the prompt
-    lora: Adapters = None
+    lora: object = None  # as `chosen_adapters` takes it
     model: str | None = None
 
     def adapters(self, loaded: Container[str]) -> tuple[tuple[str, float], ...]:

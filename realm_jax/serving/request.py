@@ -74,8 +74,8 @@ Adapters = str | Rows[tuple[str, float]] | None
 """What a caller says of adapters: none, one by name, or several with what each is multiplied by."""
 
 
-def chosen_adapters(given: Adapters) -> tuple[tuple[str, float], ...]:
-    """As a request has them. Raises RequestError for anything else."""
+def chosen_adapters(given: object) -> tuple[tuple[str, float], ...]:
+    """`Adapters`, as a request has them; pairs may be lists. Raises RequestError for anything else."""
     if given is None:
         return ()
     if isinstance(given, str):
