@@ -84,8 +84,8 @@ def _parsed(text: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", default="auto", choices=["auto", "dense", "quantized"])
-    parser.add_argument("--kernels", default="auto", choices=["auto", "xla", "native"])
+    parser.add_argument("--weights", default="dense", choices=["auto", "dense", "quantized"])
+    parser.add_argument("--kernels", default="xla", choices=["auto", "xla", "native"])
     parser.add_argument("--plot", type=Path, help="where to draw the loss")
     parser.add_argument("-o", "--output", type=Path, help="where to write the adapter")
     options = parser.parse_args()
