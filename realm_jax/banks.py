@@ -85,10 +85,18 @@ def empty_bank(config: ModelConfig, numerics: Numerics, slots: int, rank: int) -
     places = tuple(_places(config, rank_bucket(rank)))
     is_native = numerics.kernels == "native" and all(place.form.inputs % 2 == 0 for place in places)
     shape = slots + 1, places[-1].form.stop
+    if not is_native and shape[1] >= 1 << 31:
+        raise UnsupportedError(
+            f"an adapter of rank {rank} takes {shape[1]:,} numbers; 2^31 is the limit (fold it)"
+        )
     factors = jnp.zeros(shape, jnp.uint16 if is_native else numerics.dtype)
+    ranks = jnp.zeros((slots + 1, len(places)), jnp.int32)
+    factors, ranks = _put(
+        factors, ranks, factors[0], ranks[0], np.int32(0)
+    )  # compiled here, not for a request
     return Bank(
         factors,
-        jnp.zeros((slots + 1, len(places)), jnp.int32),
+        ranks,
         places,
         NativeBanked if is_native else Banked,
         numerics.adapter_widths[-1],
@@ -109,6 +117,8 @@ def check_adapter(adapter: Adapter, config: ModelConfig) -> None:
     problems += [f"replaces {name}" for name in adapter.replaced]
     if adapter.magnitudes:
         problems.append("is a DoRA")
+    if not adapter.deltas and not problems:
+        problems.append("changes nothing")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UnsupportedError(

@@ -33,6 +33,7 @@ class Buckets:
     pools: tuple[Pool, ...]  # by growing capacity; a sequence moves up by one copy
     max_num_seqs: int  # sequences that run at once, in all pools together
     widths: tuple[int, ...] = (0,)  # how many adapters a row may have in a call; 0 = the model alone
+    deterministic: bool = False
 
     @classmethod
     def plan(
@@ -59,10 +60,16 @@ class Buckets:
             if config.deterministic:
                 fewer = smaller = ()
             pools.append(Pool(capacity, slots, (*fewer, slots), (*smaller, most)))
-        return cls(tuple(pools), config.max_num_seqs, (0, *adapter_widths))
+        widths = adapter_widths[-1:] if config.deterministic else adapter_widths
+        return cls(tuple(pools), config.max_num_seqs, (0, *widths), config.deterministic)
 
-    def width_for(self, adapters: int) -> int:
-        """The smallest compiled number of adapters a row that covers so many."""
+    def width_for(self, adapters: int, rank: int) -> int:
+        """The smallest compiled number of adapters a row that covers so many. rank: the bank's, 0 without.
+
+        A deterministic run with adapters has one width, whatever stands in the batch.
+        """
+        if self.deterministic and rank:
+            return self.widths[-1]
         return next(width for width in self.widths if width >= adapters)
 
     @property

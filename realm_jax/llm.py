@@ -1,7 +1,6 @@
 """LLM: the Python front. Every method enters the same engine."""
 
 import itertools
-import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from realm_jax.serving.request import (
     GenerationOutput,
     Request,
     TextDelta,
+    checked_scale,
     chosen_adapters,
     is_scaled_adapter,
 )
@@ -80,6 +80,7 @@ class LLM:
             context=self.model.context,
             config=self.engine_config,
             numerics=self.model.numerics,
+            spare=self.model.spare,
             programs=programs,
             on_compile=on_compile,
         )
@@ -267,9 +268,7 @@ class LLM:
 def _with_scale(given: str | Path | tuple[str | Path, float]) -> tuple[Path, float]:
     """An adapter to fold and what its change is multiplied by."""
     path, scale = given if isinstance(given, tuple) else (given, 1.0)
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise RequestError(f"the scale of adapter {str(path)!r} is {scale!r}; it must be a finite number")
-    return Path(path), float(scale)
+    return Path(path), checked_scale(path, scale)
 
 
 def _each_adapters(given: Adapters | Sequence[Adapters], count: int) -> list[tuple[tuple[str, float], ...]]:

@@ -37,6 +37,7 @@ class LoadedModel:
     numerics: Numerics
     base: Base  # what adapters must fit
     folded: tuple[tuple[Adapter, float], ...]
+    spare: int | None  # bytes of `config.memory` that weights and caches leave; None = no limit
     seconds: float
 
     def require_template(self) -> ChatTemplate:
@@ -66,7 +67,7 @@ def load_model(
         base = Base.of(file, model)
         adapters = tuple((lora.read(each, base), scale) for each, scale in fold)
         folded = FoldedFile(file, adapters)
-        _check_budget(folded, model, config, context, numerics)
+        spare = _check_budget(folded, model, config, context, numerics)
         params = weights.load(
             folded,
             model,
@@ -79,19 +80,19 @@ def load_model(
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start
     return LoadedModel(
-        path, model, metadata, params, tokenizer, template, context, numerics, base, adapters, seconds
+        path, model, metadata, params, tokenizer, template, context, numerics, base, adapters, spare, seconds
     )
 
 
 def _check_budget(
     file: FoldedFile, model: ModelConfig, config: EngineConfig, context: int, numerics: Numerics
-) -> None:
-    """Weights and the caches of all pools fit into `config.memory`.
+) -> int | None:
+    """Weights and the caches of all pools fit into `config.memory`; returns what they leave of it.
 
     What a call computes with, and the sampler's counts, come on top.
     """
     if config.memory is None:
-        return
+        return None
     if runtime.backend() != "cpu":
         raise UnsupportedError(
             f"--memory is for --device cpu; on {runtime.backend()} set XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -103,6 +104,7 @@ def _check_budget(
             f"weights take {planned / 1e6:,.1f} MB and the caches up to {caches / 1e6:,.1f} MB; memory is "
             f"{config.memory / 1e6:,.1f} MB (raise --memory, or lower --ctx-size, now {context:,})"
         )
+    return config.memory - planned - caches
 
 
 def _special_texts(tokenizer: Tokenizer) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gguf as gguf_py
 import numpy as np
@@ -13,12 +13,16 @@ from conftest import count_compilations
 from tiny import VOCAB, write_model
 
 from realm_jax import LLM, SamplingParams
-from realm_jax.errors import ModelFileError, RequestError, UnsupportedError
+from realm_jax.banks import bank_bytes
+from realm_jax.cache import cached_bytes
+from realm_jax.errors import CapacityError, ModelFileError, RequestError, UnsupportedError
 from realm_jax.kernels import native
 from realm_jax.lora import Adapter, LowRank
 from realm_jax.lora.export import write_gguf
+from realm_jax.serving import registry
 from realm_jax.serving.adapters import AdapterSlots
-from realm_jax.serving.request import GenerationOutput, Request
+from realm_jax.serving.request import GenerationOutput, Request, chosen_adapters
+from realm_jax.weights import resident_bytes
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48, logprobs=0, ignore_eos=True)
 NUMERICS = [{"dtype": "float32"}, {"kernels": "xla"}]
@@ -212,6 +216,7 @@ def test_what_cannot_be_named_is_refused(tiny_model: Path):
         (replace(good, deltas=head), "changes output.weight"),
         (replace(good, replaced={"output_norm.weight": np.ones(64, np.float32)}), "replaces output_norm"),
         (random_adapter(llm, 1, 600), "rank is 600; 512"),
+        (Adapter("empty", {}), "empty changes nothing"),
     ):
         with pytest.raises(UnsupportedError, match=message):
             llm.engine.load_adapter("bad", bad)
@@ -221,7 +226,7 @@ def test_what_cannot_be_named_is_refused(tiny_model: Path):
     for named, message in (
         ("b", "adapter 'b' is not loaded; loaded: a"),
         ([("a", 1.0)] * 5, "names 5 adapters; 4 is the most"),
-        ([("a", float("nan"))], "scale of adapter 'a' is nan"),
+        ([("a", float("nan"))], "scale of adapter 'a' is nan; give"),
     ):
         with pytest.raises(RequestError, match=message):
             llm.generate([[1, 2]], GREEDY, lora=[named])
@@ -287,3 +292,46 @@ def test_the_command_line_folds_and_registers(small_model: Path, tmp_path: Path)
     assert realm(*ask, "--lora", f"a={adapter}").error == (
         f"--lora a={adapter}: nothing here can name an adapter; fold it with --lora {adapter}"
     )
+
+
+def test_a_load_that_fails_is_done_again(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    llm = LLM(tiny_model, ctx_size=128, max_num_seqs=4)
+    llm.engine.load_adapter("a", random_adapter(llm, 1, 4))
+    llm.engine.load_adapter("b", random_adapter(llm, 2, 4))
+    ask = ([[5, 6, 7]], replace(GREEDY, max_tokens=8))
+    wanted = {name: said(llm.generate(*ask, lora=name)[0]) for name in ("a", "b")}
+
+    def fails(*_: object) -> NoReturn:
+        raise MemoryError
+
+    for call in (lambda: llm.generate(*ask, lora="a"), lambda: llm.logits([1, 2], lora="a")):
+        llm.unload_adapter("a")
+        llm.engine.load_adapter("a", random_adapter(llm, 1, 4))
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, "put", fails)
+            with pytest.raises(MemoryError):
+                call()
+        for name in ("a", "b"):
+            assert said(llm.generate(*ask, lora=name)[0]) == wanted[name]
+
+
+def test_what_a_request_says_of_scales_is_bounded():
+    for scale in (10**400, 1e39, float("inf"), float("nan")):
+        with pytest.raises(RequestError, match="give one from -1e30 to 1e30"):
+            chosen_adapters([["a", scale]])
+    with pytest.raises(RequestError, match="it must be an adapter's name"):
+        chosen_adapters([["a"]])
+
+
+def test_memory_counts_the_bank(small_model: Path):
+    alone = LLM(small_model, ctx_size=128, max_num_seqs=4)
+    needed = bank_bytes(alone.model.config, alone.model.numerics, 8, 16)
+    weights = resident_bytes(alone.model.params) + cached_bytes(alone.model.config, "bfloat16") * 128 * 4
+    for spare, fits in ((needed + 10_000, True), (needed - 10_000, False)):
+        llm = LLM(small_model, ctx_size=128, max_num_seqs=4, memory=weights + spare)
+        if fits:
+            llm.engine.load_adapter("a", random_adapter(llm, 1, 4))
+            continue
+        with pytest.raises(CapacityError, match=r"8 adapters of rank 4 take .* MB; memory leaves"):
+            llm.engine.load_adapter("a", random_adapter(llm, 1, 4))
+        assert not llm.engine.adapters.named

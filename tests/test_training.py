@@ -135,8 +135,11 @@ def test_a_killed_training_ends_like_another(model_file: Path, data: Path, tmp_p
         4,
     ]
     common += ["--targets", "q,v_proj,ffn_down", "--steps", 12, "--save-every", 1]
+    foreign = tmp_path / "whole" / "checkpoints" / "llama-8b"
+    foreign.mkdir(parents=True)
     done = realm(*common, "-o", tmp_path / "whole", "--json")
     assert done.code == 0, done.err
+    assert foreign.is_dir()  # only what a training wrote is deleted
     facts = json.loads(done.out)
     assert facts["steps"] == 12 and Path(facts["adapter"]).is_file()
     kept = tmp_path / "killed" / "checkpoints"
@@ -210,6 +213,8 @@ def test_what_cannot_be_trained_is_said_in_one_line(
     assert "no such file" in realm(*common[:2], tmp_path / "none", *common[3:]).error.lower()
     assert "tokens; the context is 8 (raise --ctx-size" in realm(*common, "-c", 8).error
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    assert "file: Not a directory" in realm(*common[:-1], tmp_path / "file").error
     monkeypatch.setitem(sys.modules, "optax", None)
     assert "pip install 'realm-jax[train]'" in realm(*common).error
 
@@ -217,6 +222,7 @@ def test_what_cannot_be_trained_is_said_in_one_line(
 def test_experts_are_refused(model_file: Path):
     config = replace(prepared(model_file, dtype="float32").config, moe=MoEConfig(4, 2))
     assert len(chosen_parts(config, ["q", "v"])) == 2
+    assert len(chosen_parts(config, ["q", "k", "v", "o"])) == 4
     for targets in (["all"], ["down"]):
         with pytest.raises((UnsupportedError, RequestError), match=r"experts|no matrix"):
             chosen_parts(config, targets)

@@ -37,6 +37,12 @@ def batch(
     max_loras: Annotated[
         int, typer.Option("--max-loras", help="Adapters on the device at once.", metavar="N")
     ] = 8,
+    max_lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--max-lora-rank", help="Make room for this rank.  [default: the adapters']", metavar="N"
+        ),
+    ] = None,
     engine: options.EngineFlags,
 ) -> None:
     """Answer a file of requests: OpenAI batch lines, or {"id", "prompt" | "messages", ...sampling}.
@@ -57,7 +63,14 @@ def batch(
     from realm_jax.serving.batch import BatchJob
 
     status = Status()
-    llm = open_model(engine, status, names_adapters=True, max_num_seqs=max_num_seqs, max_loras=max_loras)
+    llm = open_model(
+        engine,
+        status,
+        names_adapters=True,
+        max_num_seqs=max_num_seqs,
+        max_loras=max_loras,
+        max_lora_rank=max_lora_rank,
+    )
     job = BatchJob(llm, source, output, seed=seed, shard=part)
     report = _Report()
     status.answering()

@@ -11,6 +11,7 @@ from realm_jax.cli import options
 from realm_jax.cli.adapters import opened_base
 from realm_jax.cli.flags import flag
 from realm_jax.cli.text import size, table
+from realm_jax.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from realm_jax.lora import Adapter, Base
@@ -45,9 +46,19 @@ def _fitted(adapter: "Adapter", base: "Base") -> dict[str, Any]:
     return {
         "model": base.source,
         "scales": sorted({delta.scale for delta in adapter.deltas.values()}),
-        "folded_only": bool(adapter.replaced or adapter.magnitudes),
+        "folded_only": _is_folded_only(adapter, base),
         "tensors": {name: delta.rank for name, delta in adapter.deltas.items()},
     }
+
+
+def _is_folded_only(adapter: "Adapter", base: "Base") -> bool:
+    from realm_jax.banks import check_adapter
+
+    try:
+        check_adapter(adapter, base.config)
+    except UnsupportedError:
+        return True
+    return False
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

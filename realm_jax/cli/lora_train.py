@@ -165,8 +165,12 @@ def _prepared(
         status.loaded()
     reader = Reader(loaded.tokenizer, loaded.template, loaded.context, drops_long)
     examples, dropped = reader.read(data)
-    checkpoints = Checkpoints(output / CHECKPOINTS, fingerprint(loaded, data, reader, config))
+    checkpoints = Checkpoints(output / CHECKPOINTS, fingerprint(loaded, examples, reader, config))
     trainer = Trainer(loaded, examples, config, checkpoints)
+    try:
+        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)  # found out now, not after the training
+    except OSError as error:
+        raise RequestError(f"--output {output}: {error.strerror}") from error
     trainer.resume()
     lost = f" ({dropped:,} too long, left out)" if dropped else ""
     print(

@@ -130,7 +130,7 @@ def adapters(values: list[str] | None) -> dict[str, Any]:
     folded: list[tuple[Path, float]] = []
     for value in values or ():
         name, equals, path = value.partition("=")
-        if not equals or not name or "/" in name:
+        if not equals or not name or "/" in name or Path(value).exists():
             folded.append(scaled(value))
         elif name in named:
             raise RequestError(f"--lora {value}: adapter {name!r} is named twice; choose another name")

@@ -68,6 +68,15 @@ class AdapterSlots:
         for name in dict.fromkeys(names):
             self._named(name).users -= 1
 
+    def clear(self) -> None:
+        """Nothing stands in the bank, and nobody uses it."""
+        self._loads.clear()
+        self._slots = {index: _Slot() for index in self._slots}
+
+    def load_again(self) -> None:
+        """All that should stand in the bank will be loaded before anything else runs."""
+        self._loads = deque(self.standing)
+
     def forget(self, name: str) -> None:
         """The adapter has no slot any more, and will not be loaded; nobody uses it."""
         self._loads = deque(load for load in self._loads if load.name != name)

@@ -1,6 +1,7 @@
 """The engine: schedule -> run -> commit, the one generation loop."""
 
 import heapq
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -63,6 +64,7 @@ class Engine:
         context: int,
         config: EngineConfig,
         numerics: Numerics,
+        spare: int | None = None,
         programs: Programs | None = None,
         on_compile: Callable[[str], None] | None = None,
     ) -> None:
@@ -77,10 +79,13 @@ class Engine:
         self._runner = Runner(strategy, model, params, self.buckets, programs or Programs(), on_compile)
         self._tokenizer = tokenizer
         self._vocab = model.config.vocab_size
-        self.adapters = AdapterRegistry(self._runner, self.scheduler.adapters, model.config, numerics, config)
+        self.adapters = AdapterRegistry(
+            self._runner, self.scheduler.adapters, model.config, numerics, config, spare
+        )
         self._in_flight: deque[_Decoded | _Prefilled] = deque()
         self._transcripts: dict[str, list[Transcript]] = {}  # by request
-        self._deadlines: list[tuple[float, str]] = []  # a heap of times and requests
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._num_added = itertools.count()
         self._lost: list[TextDelta] = []  # ends of the sequences that a failed step took with it
 
     @property
@@ -104,7 +109,8 @@ class Engine:
         sequences = self.scheduler.add(request)
         self._transcripts[request.id] = [Transcript(sequence, self._tokenizer) for sequence in sequences]
         if request.timeout is not None:
-            heapq.heappush(self._deadlines, (request.arrival + request.timeout, request.id))
+            end = request.arrival + request.timeout
+            heapq.heappush(self._deadlines, (end, next(self._num_added), request))
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> list[TextDelta]:
         """The request ends now and its slots are free; an unknown or finished id is ignored."""
@@ -161,11 +167,15 @@ class Engine:
         for request_id in list(self._transcripts):
             self._lost += self.abort(request_id)
         self.scheduler.forget()
+        self.adapters.lose()
 
     def _end_expired(self) -> list[TextDelta]:
         ended: list[TextDelta] = []
         while self._deadlines and self._deadlines[0][0] <= time.perf_counter():
-            ended += self.abort(heapq.heappop(self._deadlines)[1], FinishReason.TIMEOUT)
+            request = heapq.heappop(self._deadlines)[2]
+            mine = self._transcripts.get(request.id)
+            if mine and mine[0].sequence.request is request:  # its id may be another's by now
+                ended += self.abort(request.id, FinishReason.TIMEOUT)
         return ended
 
     def _step(self) -> list[TextDelta]:

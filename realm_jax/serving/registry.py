@@ -5,16 +5,17 @@ any before; then the bank is made anew.
 """
 
 import contextlib
-import functools
-import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from realm_jax.banks import Bank, check_adapter, empty_bank
+import jax
+
+from realm_jax.banks import Bank, bank_bytes, check_adapter, empty_bank, put
 from realm_jax.config import MAX_LORAS_PER_REQUEST, EngineConfig, ModelConfig, Numerics
 from realm_jax.errors import CapacityError, RequestError
 from realm_jax.lora import Adapter
 from realm_jax.serving.adapters import AdapterSlots, LoadAdapter
+from realm_jax.serving.request import checked_scale
 from realm_jax.serving.runner import Runner
 
 Named = tuple[tuple[str, float], ...]
@@ -22,7 +23,10 @@ Named = tuple[tuple[str, float], ...]
 
 
 class AdapterRegistry:
-    """Adapters by name, and their slots in the runner's bank."""
+    """Adapters by name, and their slots in the runner's bank.
+
+    spare: bytes that a bank may take; None = no limit.
+    """
 
     def __init__(
         self,
@@ -31,10 +35,10 @@ class AdapterRegistry:
         model: ModelConfig,
         numerics: Numerics,
         config: EngineConfig,
+        spare: int | None,
     ) -> None:
-        self._runner, self._slots, self._model = runner, slots, model
-        self._max_loras = config.max_loras
-        self._new_bank = functools.partial(empty_bank, model, numerics, config.max_loras)
+        self._runner, self._slots, self._model, self._numerics = runner, slots, model, numerics
+        self._max_loras, self._spare = config.max_loras, spare
         self._adapters: dict[str, Adapter] = {}
         if config.max_lora_rank is not None:
             runner.bank = self._new_bank(config.max_lora_rank)
@@ -45,7 +49,7 @@ class AdapterRegistry:
         return MappingProxyType(self._adapters)
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Requests may name the adapter; those that run are not disturbed.
+        """Requests may name the adapter; those that run go on as they were.
 
         Raises RequestError for a name that is taken, UnsupportedError for what only folding can apply.
         """
@@ -53,9 +57,10 @@ class AdapterRegistry:
             raise RequestError(f"adapter {name!r} is loaded already; unload it first, or choose another name")
         check_adapter(adapter, self._model)
         if adapter.rank > self._runner.bank.rank:
-            self._runner.bank = self._new_bank(adapter.rank)
+            bank = self._new_bank(adapter.rank)
             for standing in self._slots.standing:
-                self.put(standing)
+                bank = put(bank, standing.slot, self._adapters[standing.name])
+            self._runner.bank = bank
         self._adapters[name] = adapter
 
     def remove(self, name: str) -> None:
@@ -66,8 +71,36 @@ class AdapterRegistry:
         del self._adapters[name]
 
     def put(self, plan: LoadAdapter) -> None:
-        """The adapter stands in a slot of the bank."""
-        self._runner.load_adapter(plan.slot, self._adapters[plan.name])
+        """The adapter stands in its slot; where that fails, all are loaded anew before the next use."""
+        try:
+            self._runner.bank = put(self._runner.bank, plan.slot, self._adapters[plan.name])
+        except BaseException:
+            self._slots.load_again()
+            self._runner.bank = self._new_bank(self._runner.bank.rank)
+            raise
+
+    def lose(self) -> None:
+        """Nothing stands in the bank; nobody uses it."""
+        self._slots.clear()
+        if self._runner.bank.places:
+            self._runner.bank = self._new_bank(self._runner.bank.rank)
+
+    def _new_bank(self, rank: int) -> Bank:
+        """An empty bank. Raises CapacityError where there is no memory for it."""
+        shape = self._model, self._numerics, self._max_loras, rank
+        needed = bank_bytes(*shape)
+        if self._spare is not None and needed > self._spare:
+            raise CapacityError(
+                f"{self._max_loras} adapters of rank {rank} take {needed / 1e6:,.1f} MB; memory leaves "
+                f"{max(self._spare, 0) / 1e6:,.1f} MB (raise --memory, or lower max_loras)"
+            )
+        try:
+            return jax.block_until_ready(empty_bank(*shape))
+        except jax.errors.JaxRuntimeError as error:
+            raise CapacityError(
+                f"no memory for {self._max_loras} adapters of rank {rank}, {needed / 1e6:,.1f} MB (lower "
+                f"max_loras): {str(error).splitlines()[0]}"
+            ) from error
 
     def check(self, adapters: Named) -> None:
         """Raises RequestError for adapters that a request cannot name."""
@@ -77,8 +110,7 @@ class AdapterRegistry:
         for name, scale in adapters:
             if name not in self._adapters:
                 raise RequestError(f"adapter {name!r} is not loaded; {self._loaded}")
-            if not math.isfinite(scale):
-                raise RequestError(f"the scale of adapter {name!r} is {scale}; it must be a finite number")
+            checked_scale(name, scale)
 
     @contextlib.contextmanager
     def standing(self, adapters: Named) -> Iterator[tuple[Bank, list[tuple[int, float]]]]:

@@ -70,6 +70,8 @@ class Request:
         return last if self.params.prompt_logprobs is None else min(last, max(self.score_from - 1, 0))
 
 
+MAX_SCALE = 10**30
+
 Adapters = str | Rows[tuple[str, float]] | None
 """What a caller says of adapters: none, one by name, or several with what each is multiplied by."""
 
@@ -81,8 +83,17 @@ def chosen_adapters(given: object) -> tuple[tuple[str, float], ...]:
     if isinstance(given, str):
         return ((given, 1.0),)
     if isinstance(given, Rows) and all(is_scaled_adapter(each) for each in given):
-        return tuple((name, float(scale)) for name, scale in given)
+        return tuple((name, checked_scale(name, scale)) for name, scale in given)
     raise RequestError(f"lora is {given!r}; it must be an adapter's name, or a list of names and scales")
+
+
+def checked_scale(adapter: object, scale: float) -> float:
+    """The scale, which float32 can hold. Raises RequestError otherwise."""
+    if not -MAX_SCALE <= scale <= MAX_SCALE:
+        raise RequestError(
+            f"the scale of adapter {str(adapter)!r} is {str(scale)[:20]}; give one from -1e30 to 1e30"
+        )
+    return float(scale)
 
 
 def is_scaled_adapter(each: object) -> bool:

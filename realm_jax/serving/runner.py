@@ -8,13 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from realm_jax import banks
 from realm_jax.banks import NO_ADAPTERS, Bank
 from realm_jax.buckets import Buckets, Pool, copy_name, decode_name, prefill_name, score_name
 from realm_jax.config import TILE
 from realm_jax.decoding import DecodeState, PromptTiles, StepOutput, Strategy, copy_up, copy_within
 from realm_jax.errors import CapacityError
-from realm_jax.lora import Adapter
 from realm_jax.model import Transformer
 from realm_jax.programs import Program, Programs
 from realm_jax.sampling_rows import SamplingRows
@@ -65,10 +63,6 @@ class Runner:
         active = np.array([sequence is not None for sequence in plan.sequences])
         return self._step(plan.pool, active, self._width(s for s in plan.sequences if s is not None))
 
-    def load_adapter(self, slot: int, adapter: Adapter) -> None:
-        """The adapter stands in a slot of the bank."""
-        self.bank = banks.put(self.bank, slot, adapter)
-
     def copy(self, plan: Copy) -> None:
         """What the first tiles of the plan's slot hold also stands in its target."""
         what = np.int32(plan.from_slot), np.int32(plan.to_slot), np.int32(plan.tiles)
@@ -99,10 +93,11 @@ class Runner:
 
     def bank_for(self, adapters: int) -> Bank:
         """The bank for rows with so many adapters."""
-        return self._bank(self._buckets.width_for(adapters))
+        return self._bank(self._buckets.width_for(adapters, self.bank.rank))
 
     def _width(self, sequences: Iterable[Sequence]) -> int:
-        return self._buckets.width_for(max((len(s.request.adapters) for s in sequences), default=0))
+        most = max((len(s.request.adapters) for s in sequences), default=0)
+        return self._buckets.width_for(most, self.bank.rank)
 
     def _bank(self, width: int) -> Bank:
         return self.bank.replace(width=width) if width else NO_ADAPTERS  # pyright: ignore[reportAttributeAccessIssue]

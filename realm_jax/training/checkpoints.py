@@ -1,5 +1,6 @@
 """A training on disk: what a step changes and how it went so far, whole or not at all."""
 
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,9 @@ import orbax.checkpoint as ocp
 from realm_jax.errors import ModelFileError, RequestError
 from realm_jax.training.step import State
 from realm_jax.training.targets import Factors
+
+OURS = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
+"""Names of checkpoints, whole ones and those that were never finished."""
 
 
 @dataclass
@@ -69,9 +73,12 @@ class Checkpoints:
         about = {"about": self._about, "history": asdict(saved.history)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(saved)), json=ocp.args.JsonSave(about))  # pyright: ignore[reportCallIssue]
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(self._folder / str(step), args=args)
+            try:
+                checkpointer.save(self._folder / str(step), args=args)
+            except (OSError, ValueError) as error:
+                raise RequestError(f"{self._folder}: no checkpoint can be written: {error}") from error
         for other in self._folder.iterdir():
-            if other.name != str(step):
+            if other.name != str(step) and OURS.fullmatch(other.name):
                 shutil.rmtree(other, ignore_errors=True)
 
     def load(self, like: Saved) -> Saved:

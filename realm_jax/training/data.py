@@ -87,11 +87,13 @@ class Reader:
             )
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise RequestError("messages must be a list of objects")
+        if messages and messages[0].get("role") == "assistant":
+            raise RequestError("messages[0] is the assistant's: there is nothing that it answers")
         ids = self._rendered(messages, is_open=False)
         spans = []
         for i, message in enumerate(messages):
             if message.get("role") == "assistant":
-                before = self._rendered(messages[:i], is_open=True) if i else []
+                before = self._rendered(messages[:i], is_open=True)
                 after = ids if i + 1 == len(messages) else self._rendered(messages[: i + 1], is_open=False)
                 start, end = _shared(before, ids), _shared(after, ids)
                 # a token may span both turns, no more

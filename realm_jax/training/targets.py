@@ -3,7 +3,7 @@
 I inputs, O outputs, R rank.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -54,7 +54,7 @@ class DroppedDelta:
         return self.delta.rows(ids)
 
 
-def chosen_parts(config: ModelConfig, targets: Iterable[str]) -> dict[str, Part]:
+def chosen_parts(config: ModelConfig, targets: Collection[str]) -> dict[str, Part]:
     """The matrices that the names mean, by GGUF tensor.
 
     Raises RequestError for a name that the model lacks, UnsupportedError for matrices of experts.
@@ -68,7 +68,7 @@ def chosen_parts(config: ModelConfig, targets: Iterable[str]) -> dict[str, Part]
             known = ", ".join(NAMES[kind][0] for kind in NAMES if kind in trainable)
             raise RequestError(f"target {target!r} is no matrix of this model; it has {known}, or all")
         wanted |= kinds
-    if config.moe is not None and (wanted == trainable or not wanted):
+    if config.moe is not None and "all" in targets:
         raise UnsupportedError("experts cannot be trained yet; name other targets, such as q,k,v,o")
     return {f"{part.name}.weight": part for p in layers for part in p.parts if _kind(part) in wanted}
 
