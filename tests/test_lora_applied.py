@@ -25,7 +25,7 @@ from realm_jax.serving.request import GenerationOutput, Request, chosen_adapters
 from realm_jax.weights import resident_bytes
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48, logprobs=0, ignore_eos=True)
-NUMERICS = [{"dtype": "float32"}, {"kernels": "xla"}]
+NUMERICS = [{"dtype": "float32"}]
 NUMERICS += [] if native.problem() else [{"kernels": "native"}]
 TYPES = gguf_py.GGMLQuantizationType
 
