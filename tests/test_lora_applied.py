@@ -20,8 +20,7 @@ from realm_jax.kernels import native
 from realm_jax.lora import Adapter, LowRank
 from realm_jax.lora.export import write_gguf
 from realm_jax.serving import registry
-from realm_jax.serving.adapters import AdapterSlots
-from realm_jax.serving.request import GenerationOutput, Request, chosen_adapters
+from realm_jax.serving.request import GenerationOutput, Request
 from realm_jax.weights import resident_bytes
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48, logprobs=0, ignore_eos=True)
@@ -233,33 +232,6 @@ def test_what_cannot_be_named_is_refused(tiny_model: Path):
     assert not llm.engine.has_work
 
 
-def test_the_adapter_used_longest_ago_gives_way():
-    slots = AdapterSlots(2)
-
-    def use(*names: str) -> list[tuple[str, int]] | None:
-        if not slots.acquire(names):
-            return None
-        loads = []
-        while (load := slots.next_load()) is not None:
-            loads.append((load.name, load.slot))
-        return loads
-
-    assert use("a") == [("a", 1)]
-    assert use("b") == [("b", 2)]
-    assert use("c") is None  # both are held
-    slots.release(["a"])
-    assert use("a") == []  # still there
-    slots.release(["a"])
-    slots.release(["b"])
-    assert use("c", "b") == [("c", 1)]  # not b, which is wanted
-    assert use("c", "b", "b") == []
-    for _ in range(2):
-        slots.release(["c", "b"])
-    slots.forget("b")
-    assert use("d") == [("d", 2)]
-    assert slots.index_of("b") is None
-
-
 def test_the_command_line_folds_and_registers(small_model: Path, tmp_path: Path):
     llm = LLM(small_model, ctx_size=128, dtype="float32")
     adapter = tmp_path / "a.gguf"
@@ -313,14 +285,6 @@ def test_a_load_that_fails_is_done_again(tiny_model: Path, monkeypatch: pytest.M
                 call()
         for name in ("a", "b"):
             assert said(llm.generate(*ask, lora=name)[0]) == wanted[name]
-
-
-def test_what_a_request_says_of_scales_is_bounded():
-    for scale in (10**400, 1e39, float("inf"), float("nan")):
-        with pytest.raises(RequestError, match="give one from -1e30 to 1e30"):
-            chosen_adapters([["a", scale]])
-    with pytest.raises(RequestError, match="it must be an adapter's name"):
-        chosen_adapters([["a"]])
 
 
 def test_memory_counts_the_bank(small_model: Path):
