@@ -4,12 +4,16 @@ from dataclasses import dataclass
 
 from realm_jax.config import BLOCK, MIN_ROWS, TILE, EngineConfig
 
+DRAFT_ROWS = (4, 8, 16, 32, 64)
+"""Rows of a step that verifies guesses of one sequence, and its newest token."""
+
 
 @dataclass(frozen=True)
 class Pool:
     """`slots` sequences of up to `capacity` cached tokens, stepped together.
 
-    rows: how many leading slots a decode step may compute. tiles: how many a prefill call may.
+    rows: how many a decode step may compute: of leading slots, or with drafts of any. tiles: how many a
+    prefill call may.
     """
 
     capacity: int
@@ -42,8 +46,11 @@ class Buckets:
         config: EngineConfig,
         least_rows: int = MIN_ROWS,
         adapter_widths: tuple[int, ...] = (),
+        draft_tokens: int = 0,
     ) -> "Buckets":
-        """Buckets for sequences of up to `context` tokens, steps of at least `least_rows` sequences.
+        """Buckets for sequences of up to `context` tokens, steps of at least `least_rows` rows.
+
+        draft_tokens: how many guesses of one sequence a step may verify.
 
         Attention reads only the blocks that its longest row has filled, so a large capacity costs memory,
         not time. Few sequences are long: past 1,024 tokens slots shrink as capacity grows.
@@ -51,15 +58,17 @@ class Buckets:
         most = max(config.max_num_batched_tokens // TILE, 1)
         top = -(-context // BLOCK) * BLOCK
         capacities = [c for c in (1024, 8192) if c < top]
+        draft_rows = next(r for r in DRAFT_ROWS if r > draft_tokens) if draft_tokens else 0
         pools = []
         for capacity in (*capacities, top):
             slots = max(min(config.max_num_seqs, config.max_num_seqs * 1024 // capacity), MIN_ROWS)
-            steps = (least_rows, 4, 8, 16) if not pools else (least_rows,)
-            fewer = sorted({r for r in steps if r < slots})
+            most_rows = max(slots, draft_rows)
+            steps = (least_rows, 4, 8, 16) if not pools or draft_rows else (least_rows,)
+            fewer = sorted({r for r in steps if r < most_rows})
             smaller = (t for t in ((1, 4) if not pools else (1,)) if t < most)
             if config.deterministic:
                 fewer = smaller = ()
-            pools.append(Pool(capacity, slots, (*fewer, slots), (*smaller, most)))
+            pools.append(Pool(capacity, slots, (*fewer, most_rows), (*smaller, most)))
         widths = adapter_widths[-1:] if config.deterministic else adapter_widths
         return cls(tuple(pools), config.max_num_seqs, (0, *widths), config.deterministic)
 

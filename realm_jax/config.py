@@ -124,6 +124,10 @@ class EngineConfig:
     prefix_caching: prompts that begin as an earlier one did reuse what was computed of it.
     deterministic: on every backend the same request gives the same bits whatever runs beside it, by one
       shape for all calls; on CPU that holds without it.
+    spec_type: who guesses tokens ahead, which one step then verifies; it changes speed alone. "ngram": what
+      followed when the last tokens stood before; "draft": the draft model; "auto": that if there is one.
+    spec_tokens: guesses of one sequence that a step verifies at most; fewer where guesses are often wrong or
+      the batch is full.
     max_loras: adapters that requests running at once may name; others wait in host memory.
     max_lora_rank: the rank to make room for from the start; None = that of the adapters as they come.
     memory: bytes that weights and caches may take; None = no limit.
@@ -139,6 +143,8 @@ class EngineConfig:
     max_queue: int | None = None
     prefix_caching: bool = True
     deterministic: bool = False
+    spec_type: Literal["auto", "none", "ngram", "draft"] = "auto"
+    spec_tokens: int = 7
     max_loras: int = 8
     max_lora_rank: int | None = None
     threads: int | None = None
@@ -186,14 +192,16 @@ _LIMITS = {
     "max_queue": 1 << 24,
     "threads": 1 << 24,
     "max_loras": 1 << 12,
+    "spec_tokens": 32,
     "max_lora_rank": MAX_LORA_RANK,
     "memory": 1 << 60,
 }
-_REQUIRED = ("max_num_seqs", "max_num_batched_tokens", "max_loras")
+_REQUIRED = ("max_num_seqs", "max_num_batched_tokens", "max_loras", "spec_tokens")
 _CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "weights": ("auto", "dense", "quantized", "int8"),
     "kernels": ("auto", "xla", "native"),
     "kv_dtype": ("auto", "bfloat16", "float32", "int8"),
     "device": ("auto", "cpu", "gpu", "tpu"),
+    "spec_type": ("auto", "none", "ngram", "draft"),
 }

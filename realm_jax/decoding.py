@@ -1,12 +1,13 @@
 """The compiled programs that advance sequences, behind the `Strategy` interface.
 
 A strategy owns the device state of a pool of slots. The engine calls `prefill` and `step`, never knowing
-how tokens come about. B tiles of T tokens, S slots, R rows of a step, K tokens of a step, C capacity.
+how tokens come about. B tiles of T tokens, S slots, R rows of a step, C capacity.
 """
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from enum import IntEnum
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,14 @@ COPIED = 4
 
 
 @struct.dataclass
+class DraftState:
+    """What a drafter carries from step to step."""
+
+    caches: Any = ()  # leaves [S, K, C, ...], as `Caches`
+    rows: Any = ()  # leaves [S, ...]
+
+
+@struct.dataclass
 class DecodeState:
     """All that a pool of slots carries from step to step. Every leaf leads with the slot axis."""
 
@@ -36,6 +45,7 @@ class DecodeState:
     tokens: jax.Array  # [S] the newest token, not yet in the cache
     adapters: AdapterRows
     sampling: SamplingRows
+    draft: DraftState
 
 
 @struct.dataclass
@@ -52,12 +62,32 @@ class PromptTiles:
 
 
 @struct.dataclass
-class StepOutput:
-    """What a call produced: row r's first `counts[r]` of K tokens are real."""
+class StepRows:
+    """The rows of a step: a slot's newest token, and then, if any, so many of what is guessed to follow it.
 
-    tokens: jax.Array  # [R, K]
-    counts: jax.Array  # [R]
-    logprobs: TokenLogprobs  # of one token a row
+    Those of one slot stand in order.
+    """
+
+    slots: HostOrDevice  # [R]; S where a row is idle
+    offsets: HostOrDevice  # [R] 0 = the newest token, j = the j-th guess
+
+
+@struct.dataclass
+class StepOutput:
+    """What a call produced, by row."""
+
+    tokens: jax.Array  # [R]
+    is_real: jax.Array  # [R] whether the token is its sequence's next one after those of the rows before
+    logprobs: TokenLogprobs
+    guesses: jax.Array | None = None  # [R] `Guess`, of real tokens; None where nothing guesses
+
+
+class Guess(IntEnum):
+    """What a drafter had said of a token."""
+
+    NONE = 0
+    WRONG = 1
+    RIGHT = 2
 
 
 @runtime_checkable
@@ -76,13 +106,13 @@ class Strategy(Protocol):
         ...
 
     def step(
-        self, params: Params, bank: Bank, state: DecodeState, active: Array
+        self, params: Params, bank: Bank, state: DecodeState, rows: StepRows
     ) -> tuple[DecodeState, StepOutput]: ...
 
 
 @dataclass(frozen=True)
 class Autoregressive:
-    """One token a step."""
+    """One token a step: row r is slot r, or idle."""
 
     model: Transformer
     numerics: Numerics
@@ -98,6 +128,7 @@ class Autoregressive:
                 jnp.zeros((pool.slots, MAX_LORAS_PER_REQUEST), jnp.float32),
             ),
             sampling=jax.tree.map(jnp.asarray, SamplingRows.greedy(pool.slots, self.model.config.vocab_size)),
+            draft=DraftState(),
         )
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -108,8 +139,7 @@ class Autoregressive:
         params = bank.adapt(params, tiles.adapters)
         slots, is_last = tiles.slots, tiles.is_last
         S, capacity = state.history.shape
-        at = tiles.starts[:, None] + jnp.arange(tiles.tokens.shape[1], dtype=jnp.int32)[None]
-        positions = jnp.where((slots < S)[:, None], at, capacity)
+        positions = tile_positions(tiles, S, capacity)
         hidden, caches = hidden_states(self.model, params, tiles.tokens, positions, state.caches, slots)
         history = state.history.at[slots[:, None], positions].set(tiles.tokens, mode="drop")
         ends = tiles.starts + tiles.lengths
@@ -120,7 +150,8 @@ class Autoregressive:
             (state.adapters, state.sampling),
             (tiles.adapters, tiles.sampling),
         )
-        state = DecodeState(
+        state = replace(
+            state,
             caches=caches,
             history=history,
             lengths=state.lengths.at[done].set(ends, mode="drop"),
@@ -128,7 +159,7 @@ class Autoregressive:
             adapters=adapters,
             sampling=sampling,
         )
-        return state, StepOutput(token[:, None], is_last.astype(jnp.int32), logprobs), hidden
+        return state, StepOutput(token, jnp.asarray(is_last), logprobs), hidden
 
     def _sample_last(
         self, params: Params, hidden: Array, history: Array, tiles: PromptTiles, ends: Int[Array, "B"]
@@ -151,35 +182,63 @@ class Autoregressive:
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
     def step(
-        self, params: Params, bank: Bank, state: DecodeState, active: Bool[Array, "R"]
+        self, params: Params, bank: Bank, state: DecodeState, rows: StepRows
     ) -> tuple[DecodeState, StepOutput]:
         """The first R slots, where active, are one token longer."""
+        active = jnp.asarray(rows.slots) < state.history.shape[0]
+        R = active.shape[0]
+        tokens = state.tokens[:R]
+        state, chosen, logprobs, _ = self.advance(
+            params, bank, state, None, tokens, state.lengths[:R], active
+        )
+        state = replace(
+            state,
+            lengths=state.lengths.at[:R].add(active.astype(jnp.int32)),
+            tokens=state.tokens.at[:R].set(jnp.where(active, chosen, tokens)),
+        )
+        return state, StepOutput(chosen, active, logprobs)
+
+    def advance(
+        self,
+        params: Params,
+        bank: Bank,
+        state: DecodeState,
+        slots: Int[Array, "R"] | None,
+        tokens: Int[Array, "R"],
+        at: Int[Array, "R"],
+        active: Bool[Array, "R"],
+    ) -> tuple[DecodeState, Int[Array, "R"], TokenLogprobs, Float[Array, "R D"]]:
+        """The tokens stand in their slots at these positions; also what each row samples after its own.
+
+        slots: None where row r is slot r. The state's lengths and newest tokens are as they were.
+        """
         R, V = active.shape[0], self.model.config.vocab_size
-        lengths, tokens, adapters, sampling = jax.tree.map(
-            lambda x: x[:R], (state.lengths, state.tokens, state.adapters, state.sampling)
-        )
-        params = bank.adapt(params, adapters)
         capacity = state.history.shape[1]
-        positions = jnp.where(active, lengths, capacity)  # an idle row writes past the end: nothing
+
+        def of_rows(x: Array) -> Array:
+            return x[:R] if slots is None else x[slots]  # of an idle row, whatever the last slot has
+
+        adapters, sampling = jax.tree.map(of_rows, (state.adapters, state.sampling))
+        params = bank.adapt(params, adapters)
+        positions = jnp.where(active, at, capacity)  # an idle row writes past the end: nothing
         hidden, caches = hidden_states(
-            self.model, params, tokens[:, None], positions[:, None], state.caches, None
+            self.model, params, tokens[:, None], positions[:, None], state.caches, slots
         )
-        each = jnp.arange(R, dtype=jnp.int32)
+        each = jnp.arange(R, dtype=jnp.int32) if slots is None else slots
         history = state.history.at[each, positions].set(tokens, mode="drop")
         logits = next_token_logits(self.model, params, hidden[:, 0])
 
         def count() -> TokenCounts:
-            return TokenCounts.of(history[:R], sampling.prompt_length, lengths + 1, V)
+            return TokenCounts.of(of_rows(history), sampling.prompt_length, at + 1, V)
 
-        chosen, logprobs = sample(logits, sampling, count, lengths + 1, active)
-        state = replace(
-            state,
-            caches=caches,
-            history=history,
-            lengths=state.lengths.at[:R].add(active.astype(jnp.int32)),
-            tokens=state.tokens.at[:R].set(jnp.where(active, chosen, tokens)),
-        )
-        return state, StepOutput(chosen[:, None], active.astype(jnp.int32), logprobs)
+        chosen, logprobs = sample(logits, sampling, count, at + 1, active)
+        return replace(state, caches=caches, history=history), chosen, logprobs, hidden[:, 0]
+
+
+def tile_positions(tiles: PromptTiles, slots: int, capacity: int) -> Int[Array, "B T"]:
+    """Where each token of the tiles stands; past the end for unused tiles."""
+    at = tiles.starts[:, None] + jnp.arange(tiles.tokens.shape[1], dtype=jnp.int32)[None]
+    return jnp.where((tiles.slots < slots)[:, None], at, capacity)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -210,7 +269,7 @@ def _copied(
     most = held.history.shape[1] // TILE
     step = min(COPIED, most)
 
-    def copy_some(i: Array, caches: Caches) -> Caches:
+    def copy_some(i: Array, caches: Any) -> Any:
         at = jnp.minimum(i * step, most - step)
 
         def copy(s: Array, t: Array) -> Array:
@@ -220,12 +279,20 @@ def _copied(
             values = jax.lax.dynamic_slice(s, (from_slot, 0, at * width, *rest), some)
             return jax.lax.dynamic_update_slice(t, values, (to_slot, 0, at * width, *rest))
 
-        return jax.tree.map(copy, caches if source is None else source.caches, caches)
+        return jax.tree.map(copy, caches if source is None else _caches(source), caches)
 
     def copy_row(s: Array, t: Array) -> Array:
         row = jax.lax.dynamic_slice_in_dim(s, from_slot, 1)
         return jax.lax.dynamic_update_slice(t, row, (to_slot, *(0 for _ in t.shape[1:])))
 
-    caches = jax.lax.fori_loop(jnp.int32(0), -(-tiles // step), copy_some, target.caches)
-    rest = jax.tree.map(copy_row, replace(held, caches=()), replace(target, caches=()))
-    return replace(rest, caches=caches)
+    caches = jax.lax.fori_loop(jnp.int32(0), -(-tiles // step), copy_some, _caches(target))
+    rest = jax.tree.map(copy_row, _with_caches(held, ((), ())), _with_caches(target, ((), ())))
+    return _with_caches(rest, caches)
+
+
+def _caches(state: DecodeState) -> tuple[Any, Any]:
+    return state.caches, state.draft.caches
+
+
+def _with_caches(state: DecodeState, caches: tuple[Any, Any]) -> DecodeState:
+    return replace(state, caches=caches[0], draft=replace(state.draft, caches=caches[1]))

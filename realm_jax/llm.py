@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from realm_jax import hub, runtime, scoring
+from realm_jax import hub, runtime, scoring, speculation
 from realm_jax.config import TILE, EngineConfig
-from realm_jax.decoding import Autoregressive
 from realm_jax.errors import RequestError
 from realm_jax.loading import LoadProgress, load_model
 from realm_jax.lora import read as read_adapter
@@ -28,7 +27,7 @@ from realm_jax.serving.request import (
     TextDelta,
     checked_scale,
     chosen_adapters,
-    is_scaled_adapter,
+    each_adapters,
 )
 
 Prompt = str | Sequence[int]
@@ -42,14 +41,17 @@ class LLM:
         llm = LLM("model.gguf", ctx_size=2048, dtype="float32")
         llm.generate(["Once upon", "The capital of"], SamplingParams(max_tokens=16))
 
-    model: a path, a known name, or hf:owner/repo/file.gguf. lora: adapters that calls may name. fold:
-    adapters that become part of the model, each with a scale or 1. engine_config: fields of `EngineConfig`.
+    model: a path, a known name, or hf:owner/repo/file.gguf. draft_model: a smaller one of the same
+    vocabulary, which guesses tokens ahead: the output is the same, sooner. lora: adapters that calls may
+    name. fold: adapters that become part of the model, each with a scale or 1. engine_config: fields of
+    `EngineConfig`.
     """
 
     def __init__(
         self,
         model: str | Path | None = None,
         *,
+        draft_model: str | Path | None = None,
         lora: Mapping[str, str | Path] | None = None,
         fold: Sequence[str | Path | tuple[str | Path, float]] = (),
         on_load: LoadProgress | None = None,
@@ -58,29 +60,38 @@ class LLM:
         **engine_config: Any,
     ) -> None:
         self.engine_config = EngineConfig.from_options(**engine_config)
+        spec_type = speculation.resolve_spec_type(self.engine_config, draft_model)
         path = hub.resolve(model, offline=self.engine_config.offline)
+        drafts = (
+            () if draft_model is None else (hub.resolve(draft_model, offline=self.engine_config.offline),)
+        )
         runtime.configure(self.engine_config)
         if on_notice is not None and (missing := runtime.missing_kernels(self.engine_config)):
             on_notice(f"native kernels are not used, XLA's alone are slower: {missing}")
         programs = Programs(runtime.program_folder(hub.cache_dir()))
         # the arithmetic is known first: it makes the C++ kernels ready, which programs call
-        numerics, file = runtime.resolve_numerics(self.engine_config), path.stat()
-        folded = [_with_scale(each) for each in fold]
-        programs.expect(
-            (path.resolve(), file.st_size, file.st_mtime_ns, self.engine_config, numerics, folded)
-        )
+        numerics, folded = runtime.resolve_numerics(self.engine_config), [_with_scale(each) for each in fold]
+        files = [(each.resolve(), each.stat().st_size, each.stat().st_mtime_ns) for each in (path, *drafts)]
+        programs.expect((files, self.engine_config, numerics, folded))
         self.model = load_model(path, self.engine_config, on_load, folded)
+        self.draft = next(
+            (speculation.load_draft(p, self.model, self.engine_config, on_load) for p in drafts), None
+        )
         self.tokenizer = self.model.tokenizer
         self.transformer = Transformer(self.model.config)
+        strategy, params, drafting = speculation.choose_strategy(
+            self.engine_config, self.model, self.draft, spec_type
+        )
         self.engine = Engine(
-            Autoregressive(self.transformer, self.model.numerics),
+            strategy,
             self.transformer,
-            self.model.params,
+            params,
             self.tokenizer,
             context=self.model.context,
             config=self.engine_config,
             numerics=self.model.numerics,
-            spare=self.model.spare,
+            spare=(self.draft or self.model).spare,
+            drafting=drafting,
             programs=programs,
             on_compile=on_compile,
         )
@@ -125,7 +136,7 @@ class LLM:
             raise RequestError(
                 f"params has {len(each)} entries for {len(batch)} prompts; give one, or one each"
             )
-        adapters = _each_adapters(lora, len(batch))
+        adapters = each_adapters(lora, len(batch))
         requests = [
             self._request(self.prompt_ids(p), one, mine)
             for p, one, mine in zip(batch, each, adapters, strict=True)
@@ -269,15 +280,6 @@ def _with_scale(given: str | Path | tuple[str | Path, float]) -> tuple[Path, flo
     """An adapter to fold and what its change is multiplied by."""
     path, scale = given if isinstance(given, tuple) else (given, 1.0)
     return Path(path), checked_scale(path, scale)
-
-
-def _each_adapters(given: Adapters | Sequence[Adapters], count: int) -> list[tuple[tuple[str, float], ...]]:
-    """What each of `count` prompts runs with: the same for all, or one entry each."""
-    if given is None or isinstance(given, str) or (given and all(is_scaled_adapter(each) for each in given)):
-        return [chosen_adapters(given)] * count  # pyright: ignore[reportArgumentType]: not one each
-    if len(given) != count:
-        raise RequestError(f"lora has {len(given)} entries for {count} prompts; give one, or one each")
-    return [chosen_adapters(each) for each in given]  # pyright: ignore[reportArgumentType]: one each
 
 
 def _leaders_first(requests: Sequence[Request], slots: int) -> list[Request]:

@@ -11,8 +11,9 @@ from simulation import scheduler_of
 from realm_jax.config import TILE
 from realm_jax.errors import CapacityError
 from realm_jax.serving.adapters import AdapterSlots, LoadAdapter
+from realm_jax.serving.plans import Copy, Decode, Plan, Prefill, Tile
 from realm_jax.serving.request import FinishReason, Request, Sequence
-from realm_jax.serving.scheduler import Copy, Decode, Plan, Prefill, Scheduler, Tile
+from realm_jax.serving.scheduler import Scheduler
 from realm_jax.serving.slots import Slot, Slots
 
 

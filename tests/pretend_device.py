@@ -11,8 +11,8 @@ from scenarios import MAX_LORAS, Owner, Scenario
 
 from realm_jax.config import TILE
 from realm_jax.serving.adapters import LoadAdapter
+from realm_jax.serving.plans import Copy, Decode, Plan, Prefill, Tile
 from realm_jax.serving.request import Request, Sequence
-from realm_jax.serving.scheduler import Copy, Decode, Plan, Prefill, Tile
 
 Place = tuple[int, int]  # a pool and a slot of it
 Call = list[tuple[Sequence, int]]  # what the device will say, and to whom

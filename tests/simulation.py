@@ -10,8 +10,9 @@ from scenarios import MAX_LORAS, STOP, Arrival, Scenario
 from realm_jax.config import TILE
 from realm_jax.errors import CapacityError, RequestError
 from realm_jax.serving.adapters import LoadAdapter
+from realm_jax.serving.plans import Copy, Decode, Plan, Prefill
 from realm_jax.serving.request import FinishReason, Request, Sequence
-from realm_jax.serving.scheduler import Copy, Decode, Plan, Prefill, Scheduler
+from realm_jax.serving.scheduler import Scheduler
 
 
 def scheduler_of(scenario: Scenario, kind: type[Scheduler] = Scheduler) -> Scheduler:

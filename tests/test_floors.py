@@ -18,10 +18,22 @@ FLOORS = {
     1: {"lora", "quant", "nodes", "native_nodes", "kernels", "rope", "cache", "sampling", "sampling_rows"}
     | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures"},
-    3: {"loading", "decoding", "inspection", "scoring"}
-    | {f"serving.{name}" for name in ("scheduler", "slots", "adapters", "request", "tenants", "transcript")},
-    4: {f"serving.{name}" for name in ("engine", "registry", "runner", "packing")},
-    5: {"llm", "perplexity", "research", "training", "evaluation", "benchmark"}
+    3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring"}
+    | {
+        f"serving.{name}"
+        for name in (
+            "scheduler",
+            "plans",
+            "slots",
+            "adapters",
+            "request",
+            "tenants",
+            "transcript",
+            "drafting",
+        )
+    },
+    4: {f"serving.{name}" for name in ("engine", "registry", "runner", "packing", "stopwatch")},
+    5: {"llm", "speculation", "perplexity", "research", "training", "evaluation", "benchmark"}
     | {f"serving.{name}" for name in ("server", "batch", "bodies", "keys", "metrics")},
     6: {"cli", "__main__"},
 }
@@ -46,6 +58,16 @@ WITHIN_A_FLOOR = {
     ("weights", "architectures"),
     ("serving.scheduler", "serving.request"),
     ("serving.scheduler", "serving.slots"),
+    ("serving.scheduler", "serving.plans"),
+    ("serving.scheduler", "serving.drafting"),
+    ("serving.plans", "serving.adapters"),
+    ("serving.plans", "serving.request"),
+    ("serving.request", "serving.drafting"),
+    ("serving.engine", "serving.stopwatch"),
+    ("drafters", "decoding"),
+    ("speculative", "decoding"),
+    ("speculative", "drafters"),
+    ("llm", "speculation"),
     ("serving.scheduler", "serving.adapters"),
     ("serving.slots", "serving.request"),
     ("serving.engine", "serving.runner"),

@@ -114,6 +114,24 @@ class EngineFlags:
             metavar="PATH[:SCALE] | NAME=PATH",
         ),
     ] = None
+    draft_model: Annotated[
+        str | None,
+        flag(
+            "--draft-model",
+            "A smaller model of the same vocabulary, which guesses tokens ahead: the same output, sooner.",
+            metavar="REF",
+        ),
+    ] = None
+    spec_type: Annotated[
+        Literal["auto", "none", "ngram", "draft"],
+        flag(
+            "--spec-type",
+            "Who guesses tokens ahead: the text itself (ngram), or the draft model; auto: that, if any.",
+        ),
+    ] = "auto"
+    spec_tokens: Annotated[
+        int, flag("--spec-tokens", "Tokens to guess at most; fewer where guesses are wrong.", metavar="N")
+    ] = 7
     deterministic: Annotated[
         bool,
         flag(

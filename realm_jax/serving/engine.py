@@ -11,19 +11,23 @@ import numpy as np
 
 from realm_jax.buckets import Buckets
 from realm_jax.config import EngineConfig, Numerics
-from realm_jax.decoding import StepOutput, Strategy
+from realm_jax.decoding import Guess, StepOutput, Strategy
 from realm_jax.errors import RequestError
 from realm_jax.lora import Adapter
 from realm_jax.model import Transformer
 from realm_jax.programs import Programs
+from realm_jax.sampling import TokenLogprobs
 from realm_jax.sampling_rows import SamplingRows
 from realm_jax.scoring import TargetLogprobs
 from realm_jax.serving.adapters import LoadAdapter
+from realm_jax.serving.drafting import Drafting
 from realm_jax.serving.packing import PromptTargets, prompt_targets
+from realm_jax.serving.plans import Copy, Decode, Prefill
 from realm_jax.serving.registry import AdapterRegistry
 from realm_jax.serving.request import FinishReason, Request, Sequence, TextDelta
 from realm_jax.serving.runner import Runner
-from realm_jax.serving.scheduler import Copy, Decode, Prefill, Scheduler
+from realm_jax.serving.scheduler import Scheduler
+from realm_jax.serving.stopwatch import Stopwatch
 from realm_jax.serving.transcript import Transcript
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
@@ -35,6 +39,8 @@ class _Decoded:
 
     sequences: tuple[Sequence | None, ...]  # by row
     output: StepOutput
+    plan: Decode | None = None  # of a step; None of prompts' ends
+    given: float = 0.0  # when
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,9 @@ class _Prefilled:
     output: StepOutput
     scored: PromptTargets | None
     logprobs: TargetLogprobs | None
+
+
+_OUTCOMES = {Guess.NONE: None, Guess.WRONG: False, Guess.RIGHT: True}
 
 
 class Engine:
@@ -65,17 +74,26 @@ class Engine:
         config: EngineConfig,
         numerics: Numerics,
         spare: int | None = None,
+        drafting: Drafting | None = None,
         programs: Programs | None = None,
         on_compile: Callable[[str], None] | None = None,
     ) -> None:
-        self.buckets = Buckets.plan(context, config, numerics.least_rows, numerics.adapter_widths)
+        self.buckets = Buckets.plan(
+            context,
+            config,
+            numerics.least_rows,
+            numerics.adapter_widths,
+            config.spec_tokens if drafting is not None else 0,
+        )
         self.scheduler = Scheduler(
             self.buckets,
             context,
             max_queue=config.max_queue,
             max_loras=config.max_loras,
             prefix_caching=config.prefix_caching,
+            drafting=drafting,
         )
+        self._stopwatch = Stopwatch(drafting)
         self._runner = Runner(strategy, model, params, self.buckets, programs or Programs(), on_compile)
         self._tokenizer = tokenizer
         self._vocab = model.config.vocab_size
@@ -181,23 +199,31 @@ class Engine:
     def _step(self) -> list[TextDelta]:
         plan = self.scheduler.schedule()
         while isinstance(plan, Copy | LoadAdapter):
+            self._stopwatch.disturb()
             if isinstance(plan, Copy):
                 self._runner.copy(plan)
             else:
                 self.adapters.put(plan)
             plan = self.scheduler.schedule()
-        match plan:
-            case Prefill():
-                scored = prompt_targets(plan)
-                output, logprobs = self._runner.prefill(plan, self._sampling_row, scored)
-                if scored is not None or any(tile.is_last for tile in plan.tiles):
-                    self._in_flight.append(_Prefilled(plan, output, scored, logprobs))
-            case Decode():
-                self._in_flight.append(_Decoded(plan.sequences, self._runner.decode(plan)))
+        if plan is not None:
+            self._give(plan)
         if self._in_flight and (plan is None or len(self._in_flight) > 1):
             call = self._in_flight.popleft()
             return self._commit_prompts(call) if isinstance(call, _Prefilled) else self._commit_step(call)
         return []
+
+    def _give(self, plan: Prefill | Decode) -> None:
+        """The device has the plan's call."""
+        given, known = self._stopwatch.now(), len(self.programs)
+        if isinstance(plan, Decode):
+            self._in_flight.append(_Decoded(plan.sequences, self._runner.decode(plan), plan, given))
+        else:
+            scored = prompt_targets(plan)
+            output, logprobs = self._runner.prefill(plan, self._sampling_row, scored)
+            if scored is not None or any(tile.is_last for tile in plan.tiles):
+                self._in_flight.append(_Prefilled(plan, output, scored, logprobs))
+        if isinstance(plan, Prefill) or len(self.programs) > known:
+            self._stopwatch.disturb()
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRows:
         return SamplingRows.of(
@@ -223,27 +249,38 @@ class Engine:
         return self._commit_step(_Decoded(rows, call.output))
 
     def _commit_step(self, call: _Decoded) -> list[TextDelta]:
-        live = [
-            (row, self._transcript(sequence))
-            for row, sequence in enumerate(call.sequences)
-            if sequence is not None and sequence.finish_reason is None
-        ]
-        if not live:
-            return []
-        tokens, counts = np.asarray(call.output.tokens), np.asarray(call.output.counts)
-        if any(transcript.wants_logprobs for _, transcript in live):
-            found = call.output.logprobs
-            chosen, top_ids, top = map(np.asarray, (found.chosen, found.top_ids, found.top))
-            for row, transcript in live:
-                transcript.push_logprob(int(tokens[row, 0]), float(chosen[row]), top_ids[row], top[row])
-        return [self._deltas(transcript, tokens[row, : counts[row]].tolist()) for row, transcript in live]
+        """What the rows gave; those of one sequence stand together."""
+        tokens, is_real = np.asarray(call.output.tokens), np.asarray(call.output.is_real)
+        self._stopwatch.read(call.plan, call.given)
+        deltas = []
+        for sequence, group in itertools.groupby(range(len(call.sequences)), call.sequences.__getitem__):
+            if sequence is None or sequence.finish_reason is not None:
+                continue
+            asked = list(group)
+            rows = [row for row in asked if is_real[row]]
+            if call.plan is not None and call.output.guesses is not None:
+                guesses = np.asarray(call.output.guesses)
+                self.scheduler.settle(sequence, len(asked), [_OUTCOMES[guesses[row]] for row in rows])
+            transcript = self._transcript(sequence)
+            logprobs = call.output.logprobs if transcript.wants_logprobs else None
+            deltas.append(self._deltas(transcript, [(int(tokens[row]), row) for row in rows], logprobs))
+        return deltas
 
-    def _deltas(self, transcript: Transcript, tokens: list[int]) -> TextDelta:
-        sequence = transcript.sequence
-        taken = self.scheduler.commit(sequence, tokens, transcript.stop_ids)
-        text = transcript.push(taken)
-        if transcript.met_stop_string:
-            self.scheduler.finish(sequence, FinishReason.STOP)
+    def _deltas(
+        self, transcript: Transcript, tokens: list[tuple[int, int]], found: TokenLogprobs | None = None
+    ) -> TextDelta:
+        """The sequence is longer by these tokens, up to its end. tokens: each with the row that gave it."""
+        sequence, taken, text = transcript.sequence, [], ""
+        for token, row in tokens:
+            if not self.scheduler.commit(sequence, [token], transcript.stop_ids):
+                break
+            if found is not None:
+                chosen, top_ids, top = (np.asarray(x)[row] for x in (found.chosen, found.top_ids, found.top))
+                transcript.push_logprob(token, float(chosen), top_ids, top)
+            taken.append(token)
+            text += transcript.push([token])
+            if transcript.met_stop_string:
+                self.scheduler.finish(sequence, FinishReason.STOP)
         delta = transcript.delta(text, taken)
         if sequence.finish_reason is not None:
             self._forget(sequence.request.id)

@@ -7,11 +7,11 @@ import numpy as np
 
 from realm_jax.buckets import Pool
 from realm_jax.config import MAX_LORAS_PER_REQUEST, TILE
-from realm_jax.decoding import PromptTiles
+from realm_jax.decoding import PromptTiles, StepRows
 from realm_jax.lora.banked import AdapterRows
 from realm_jax.sampling_rows import SamplingRows
+from realm_jax.serving.plans import Decode, Prefill, Tile
 from realm_jax.serving.request import Sequence
-from realm_jax.serving.scheduler import Prefill, Tile
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,16 @@ def pack_prompts(
         if tile.is_last:
             rows[i] = row_of(tile.sequence)
     return PromptTiles(tokens, slots, starts, lengths, is_last, adapters, SamplingRows.join(rows))
+
+
+def pack_rows(plan: Decode, pool: Pool) -> StepRows:
+    """The plan's rows: a sequence's first one is its newest token, the others are guesses."""
+    slots, offsets = np.full(plan.rows, pool.slots, np.int32), np.zeros(plan.rows, np.int32)
+    for i, sequence in enumerate(plan.sequences):
+        if sequence is not None and sequence.slot is not None:
+            slots[i] = sequence.slot
+            offsets[i] = offsets[i - 1] + 1 if i and plan.sequences[i - 1] is sequence else 0
+    return StepRows(slots, offsets)
 
 
 def no_adapters(rows: int) -> AdapterRows:

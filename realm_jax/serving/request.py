@@ -9,6 +9,7 @@ from typing import TypedDict
 from realm_jax.config import TILE
 from realm_jax.errors import RequestError
 from realm_jax.params import SamplingParams
+from realm_jax.serving.drafting import DraftRecord
 
 
 class FinishReason(StrEnum):
@@ -104,6 +105,15 @@ def is_scaled_adapter(each: object) -> bool:
     return isinstance(name, str) and isinstance(scale, int | float) and not isinstance(scale, bool)
 
 
+def each_adapters(given: Adapters | Rows[Adapters], count: int) -> list[tuple[tuple[str, float], ...]]:
+    """What each of `count` prompts runs with: the same for all, or one entry each."""
+    if given is None or isinstance(given, str) or (given and all(is_scaled_adapter(each) for each in given)):
+        return [chosen_adapters(given)] * count  # pyright: ignore[reportArgumentType]: not one each
+    if len(given) != count:
+        raise RequestError(f"lora has {len(given)} entries for {count} prompts; give one, or one each")
+    return [chosen_adapters(each) for each in given]  # pyright: ignore[reportArgumentType]: one each
+
+
 @dataclass(frozen=True)
 class Usage:
     """Tokens in and out."""
@@ -119,6 +129,42 @@ class RequestMetrics:
 
     first_token_s: float | None
     finished_s: float
+    drafts: "DraftMetrics | None" = None  # None where nothing guesses
+
+
+@dataclass(frozen=True)
+class DraftMetrics:
+    """What became of guessed tokens.
+
+    drafted: guesses that were verified, in `steps` steps. by_position: by how far a guess was from the
+    newest token, how many were verified, and how many of them accepted.
+    """
+
+    steps: int
+    drafted: int
+    accepted: int
+    by_position: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, record: DraftRecord) -> "DraftMetrics":
+        """The metrics as they stand."""
+        positions = tuple((tried, right) for tried, right in record.positions)
+        return cls(record.steps, record.drafted, record.accepted, positions)
+
+    @property
+    def mean_accepted_length(self) -> float | None:
+        """Tokens of a step with guesses, the one that follows them included; None without such a step."""
+        return 1 + self.accepted / self.steps if self.steps else None
+
+    def json(self) -> dict[str, object]:
+        """The metrics as one JSON object."""
+        return {
+            "steps": self.steps,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "by_position": [list(each) for each in self.by_position],
+            "mean_accepted_length": self.mean_accepted_length,
+        }
 
 
 @dataclass(frozen=True)
@@ -153,7 +199,7 @@ class TextDelta:
 class Sequence:
     """One sample of a request in flight: the mutable record.
 
-    Tokens are read one step late: `dispatched` counts those the device was asked for, `token_ids` holds
+    Tokens are read one step late: `dispatched` counts those that the device may have made, `token_ids` holds
     those that have been read.
     """
 
@@ -169,6 +215,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     first_token_at: float | None = None
+    drafts: DraftRecord | None = None  # of its guesses, where something guesses
 
     @property
     def prompt_length(self) -> int:
@@ -185,7 +232,7 @@ class Sequence:
 
     @property
     def cached(self) -> int:
-        """Tokens in the cache once all that was dispatched has run: the newest token is not yet."""
+        """Tokens in the cache at most, once all that was dispatched has run: the newest is not yet."""
         return self.prefilled + max(self.dispatched - 1, 0)
 
     @property

@@ -11,15 +11,23 @@ import numpy as np
 from realm_jax.banks import NO_ADAPTERS, Bank
 from realm_jax.buckets import Buckets, Pool, copy_name, decode_name, prefill_name, score_name
 from realm_jax.config import TILE
-from realm_jax.decoding import DecodeState, PromptTiles, StepOutput, Strategy, copy_up, copy_within
+from realm_jax.decoding import (
+    DecodeState,
+    PromptTiles,
+    StepOutput,
+    StepRows,
+    Strategy,
+    copy_up,
+    copy_within,
+)
 from realm_jax.errors import CapacityError
 from realm_jax.model import Transformer
 from realm_jax.programs import Program, Programs
 from realm_jax.sampling_rows import SamplingRows
 from realm_jax.scoring import TargetLogprobs, score_tiles
-from realm_jax.serving.packing import PromptTargets, pack_prompts
+from realm_jax.serving.packing import PromptTargets, pack_prompts, pack_rows
+from realm_jax.serving.plans import Copy, Decode, Prefill
 from realm_jax.serving.request import Sequence
-from realm_jax.serving.scheduler import Copy, Decode, Prefill
 from realm_jax.weights import Params
 
 
@@ -60,8 +68,8 @@ class Runner:
 
     def decode(self, plan: Decode) -> StepOutput:
         """The plan's sequences are one step further."""
-        active = np.array([sequence is not None for sequence in plan.sequences])
-        return self._step(plan.pool, active, self._width(s for s in plan.sequences if s is not None))
+        rows = pack_rows(plan, self._buckets.pools[plan.pool])
+        return self._step(plan.pool, rows, self._width(s for s in plan.sequences if s is not None))
 
     def copy(self, plan: Copy) -> None:
         """What the first tiles of the plan's slot hold also stands in its target."""
@@ -89,7 +97,7 @@ class Runner:
             _, hidden = self._prefill(i, nothing, width)
             self._score(hidden, np.zeros((tiles, TILE), np.int32), False)
         for rows in pool.rows:
-            self._step(i, np.zeros(rows, np.bool_), width)
+            self._step(i, pack_rows(Decode(i, rows, ()), pool), width)
 
     def bank_for(self, adapters: int) -> Bank:
         """The bank for rows with so many adapters."""
@@ -114,10 +122,10 @@ class Runner:
         name = score_name(targets.shape[0])
         return self._call(name, score, self._params, hidden, targets, np.bool_(wants_top))
 
-    def _step(self, pool: int, active: np.ndarray, width: int) -> StepOutput:
-        name = decode_name(len(active), self._buckets.pools[pool], width, self.bank.rank)
+    def _step(self, pool: int, rows: StepRows, width: int) -> StepOutput:
+        name = decode_name(len(rows.slots), self._buckets.pools[pool], width, self.bank.rank)
         state, bank = self._state(pool), self._bank(width)
-        self._states[pool], output = self._call(name, self._strategy.step, self._params, bank, state, active)
+        self._states[pool], output = self._call(name, self._strategy.step, self._params, bank, state, rows)
         return output
 
     def _call(self, name: str, function: Any, *arguments: Any) -> Any:

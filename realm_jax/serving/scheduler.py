@@ -13,57 +13,15 @@ import heapq
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 
 from realm_jax.buckets import Buckets
 from realm_jax.config import TILE
 from realm_jax.errors import CapacityError, RequestError
-from realm_jax.serving.adapters import AdapterSlots, LoadAdapter
+from realm_jax.serving.adapters import AdapterSlots
+from realm_jax.serving.drafting import Drafting, DraftRecord
+from realm_jax.serving.plans import Copy, Decode, Plan, Prefill, Tile
 from realm_jax.serving.request import FinishReason, Request, Sequence
 from realm_jax.serving.slots import Slot, Slots
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Up to `TILE` tokens of one prompt, from `start` on."""
-
-    sequence: Sequence
-    slot: int
-    start: int
-    tokens: tuple[int, ...]
-    is_last: bool
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """A call of `rows` tiles, of which these are real; a prompt's own stand in order."""
-
-    pool: int
-    rows: int
-    tiles: tuple[Tile, ...]
-
-
-@dataclass(frozen=True)
-class Decode:
-    """One step of a pool's first `rows` slots; `sequences` has None where a slot is idle."""
-
-    pool: int
-    rows: int
-    sequences: tuple[Sequence | None, ...]
-
-
-@dataclass(frozen=True)
-class Copy:
-    """What a slot's first tiles hold also stands in another, of the same pool or the next larger one."""
-
-    from_pool: int
-    from_slot: int
-    to_pool: int
-    to_slot: int
-    tiles: int
-
-
-Plan = Prefill | Decode | Copy | LoadAdapter
 
 
 class Scheduler:
@@ -77,8 +35,10 @@ class Scheduler:
         max_queue: int | None = None,
         max_loras: int = 0,
         prefix_caching: bool = True,
+        drafting: Drafting | None = None,
     ) -> None:
         self.buckets = buckets
+        self.drafting = drafting
         self.context = context
         self.slots = Slots(buckets)
         self.adapters = AdapterSlots(max_loras)
@@ -117,6 +77,8 @@ class Scheduler:
         room = self.context - length
         new_tokens = room if most is None else min(most, room)
         sequences = [Sequence(request, index, new_tokens) for index in range(count)]
+        for sequence in sequences if self.drafting is not None else ():
+            sequence.drafts = DraftRecord()
         for sequence in sequences:
             heapq.heappush(self._waiting, (request.priority, self._num_added, sequence))
             self._num_added += 1
@@ -157,6 +119,14 @@ class Scheduler:
         if len(sequence.token_ids) >= sequence.max_new_tokens:
             self.finish(sequence, FinishReason.LENGTH)
         return taken
+
+    def settle(self, sequence: Sequence, asked: int, outcomes: Rows[bool | None]) -> None:
+        """A step with `asked` rows of the sequence was read: what was guessed of each token that it gave."""
+        sequence.dispatched -= asked - len(outcomes)
+        if self.drafting is not None and sequence.drafts is not None:
+            stand = len(outcomes) - 1
+            sequence.drafts.count(asked - 1 if outcomes[-1] is not None else stand, stand)
+            self.drafting.learn(sequence.drafts, outcomes)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """The sequence has ended; its slot is free. Without effect on one that ended before."""
@@ -285,17 +255,27 @@ class Scheduler:
             pool = (self._next_pool + offset) % count
             held = [slot.sequence for slot in self.slots[pool]]
             ready = [s if s is not None and self._fits_step(s, pool) else None for s in held]
-            used = max((i + 1 for i, s in enumerate(ready) if s is not None), default=0)
-            if not used:
+            if not any(ready):
                 continue
             self._next_pool = (pool + 1) % count
-            rows = self.buckets.pools[pool].rows_for(used)
-            chosen = tuple(ready[:rows])
+            rows, chosen = self._rows(pool, ready)
             for sequence in chosen:
                 if sequence is not None:
                     sequence.dispatched += 1
             return Decode(pool, rows, chosen)
         return None
+
+    def _rows(self, pool: int, ready: list[Sequence | None]) -> tuple[int, tuple[Sequence | None, ...]]:
+        """How many rows a step of these has, which stand by slot, and whose they are."""
+        shape = self.buckets.pools[pool]
+        if self.drafting is None:
+            used = max(i + 1 for i, sequence in enumerate(ready) if sequence is not None)
+            return (rows := shape.rows_for(used)), tuple(ready[:rows])
+        some = [(s, s.drafts) for s in ready if s is not None and s.drafts is not None]
+        rooms = [min(s.max_new_tokens - s.dispatched, shape.capacity - s.cached) - 1 for s, _ in some]
+        rows, drafts = self.drafting.lengths(pool, shape, [record for _, record in some], rooms)
+        chosen = tuple(s for (s, _), count in zip(some, drafts, strict=True) for _ in range(1 + count))
+        return rows, chosen + (None,) * (rows - len(chosen))
 
     def _fits_step(self, sequence: Sequence, pool: int) -> bool:
         return sequence.wants_step and sequence.cached < self.buckets.pools[pool].capacity

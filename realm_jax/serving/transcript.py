@@ -5,6 +5,7 @@ import time
 import numpy as np
 
 from realm_jax.serving.request import (
+    DraftMetrics,
     FinishReason,
     GenerationOutput,
     PromptLogprob,
@@ -101,5 +102,6 @@ class Transcript:
             metrics=RequestMetrics(
                 first_token_s=None if first is None else first - request.arrival,
                 finished_s=time.perf_counter() - request.arrival,
+                drafts=None if sequence.drafts is None else DraftMetrics.of(sequence.drafts),
             ),
         )

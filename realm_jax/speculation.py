@@ -1,0 +1,84 @@
+"""Which strategy a run has: plain decoding, or a drafter beside it, if that fits the model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from realm_jax.config import EngineConfig
+from realm_jax.decoding import Autoregressive, Strategy
+from realm_jax.drafters import Drafter, DraftModel, NGram
+from realm_jax.errors import RealmError, RequestError, UnsupportedError
+from realm_jax.loading import LoadedModel, LoadProgress, load_model
+from realm_jax.model import Transformer
+from realm_jax.serving.drafting import Drafting
+from realm_jax.speculative import Speculative
+from realm_jax.tokenizer import Tokenizer
+from realm_jax.weights import Params
+
+
+def resolve_spec_type(config: EngineConfig, draft_model: str | Path | None) -> str:
+    """none, ngram or draft. Raises RequestError where type and draft model contradict each other."""
+    if draft_model is None and config.spec_type == "draft":
+        raise RequestError("spec_type is 'draft'; name the model that drafts (--draft-model)")
+    if draft_model is not None and config.spec_type not in ("auto", "draft"):
+        raise RequestError(
+            f"spec_type is {config.spec_type!r} and a draft model is given; leave one of both out"
+        )
+    if config.spec_type == "auto":
+        return "none" if draft_model is None else "draft"
+    return config.spec_type
+
+
+def load_draft(
+    path: Path, target: LoadedModel, config: EngineConfig, on_load: LoadProgress | None
+) -> LoadedModel:
+    """The draft model, for the target's context and in the memory that the target leaves.
+
+    Raises as `load_model` does, and RequestError where the draft was trained for a shorter context.
+    """
+    memory = None if target.spare is None else max(target.spare, 1)
+    try:
+        return load_model(path, replace(config, ctx_size=target.context, memory=memory), on_load)
+    except RealmError as error:
+        raise type(error)(f"the draft model: {error}") from error
+
+
+def choose_strategy(
+    config: EngineConfig, target: LoadedModel, draft: LoadedModel | None, spec_type: str
+) -> tuple[Strategy, Params, Drafting | None]:
+    """The strategy, the params that it takes, and who decides how much is guessed.
+
+    Raises UnsupportedError for a draft model whose vocabulary or context is not the target's.
+    """
+    plain = Autoregressive(Transformer(target.config), target.numerics)
+    if spec_type == "none":
+        return plain, target.params, None
+    drafter: Drafter = NGram()
+    params = target.params
+    if draft is not None:
+        check_vocabulary(target.tokenizer, draft.tokenizer, draft.path.name)
+        drafter = DraftModel(Transformer(draft.config), draft.numerics, target.config.vocab_size)
+        params = params | {"draft": draft.params}
+    return Speculative(plain, drafter), params, Drafting(config.spec_tokens, is_free=drafter.is_free)
+
+
+def check_vocabulary(target: Tokenizer, draft: Tokenizer, name: str) -> None:
+    """Raises UnsupportedError if a token id of the draft may mean another text than the target's."""
+    problems = [
+        f"its {what} is {mine!r}, the model's {other!r}"
+        for what, mine, other in (
+            ("kind of tokenizer", draft.kind, target.kind),
+            ("BOS token", draft.bos_id, target.bos_id),
+            ("EOS token", draft.eos_id, target.eos_id),
+            ("add_bos", draft.add_bos, target.add_bos),
+        )
+        if mine != other
+    ]
+    count = min(draft.vocab_size, target.vocab_size)
+    for i in range(count):
+        if (mine := draft.token_text(i)) != (other := target.token_text(i)):
+            problems.append(f"its token {i} is {mine!r}, the model's {other!r}")
+            break
+    if problems:
+        raise UnsupportedError(
+            f"{name} cannot draft for this model: {'; '.join(problems)} (give a model of the same vocabulary)"
+        )
