@@ -45,7 +45,10 @@ class Benchmark:
     def measure(self, test: Test, repetitions: int) -> Row:
         """The test's throughput over the repetitions, after one that does not count."""
         self._sample(test)
-        return Row.of(test, [self._sample(test) for _ in range(repetitions)])
+        before = self._engine.drafts
+        samples = [self._sample(test) for _ in range(repetitions)]
+        after = self._engine.drafts
+        return Row.of(test, samples, None if before is None or after is None else after.since(before))
 
     def measure_latency(self, load: Load) -> Latency:
         """How a load was served, after one request that does not count."""

@@ -10,6 +10,7 @@ from typing import Any
 from realm_jax.benchmark.workload import Clock, Prompts, greedy, settle
 from realm_jax.errors import RequestError
 from realm_jax.serving.engine import Engine
+from realm_jax.serving.request import DraftMetrics
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Row:
     tokens_per_second: float
     stddev: float
     samples: tuple[Sample, ...]
+    drafts: DraftMetrics | None = None  # None where nothing guesses
 
     @classmethod
-    def of(cls, test: Test, samples: Sequence[Sample]) -> "Row":
+    def of(cls, test: Test, samples: Sequence[Sample], drafts: DraftMetrics | None = None) -> "Row":
         """The rate at a token's mean time; stddev is the same share of it as that time's own is of the mean.
 
         Raises RequestError where the mean is not positive: the test drowns in the noise.
@@ -74,11 +76,13 @@ class Row:
                 "tokens take the same time (raise -p or -r)"
             )
         deviation = stdev(each) / mean**2 if len(each) > 1 else 0.0
-        return cls(test.name, test.depth, test.batch, 1 / mean, deviation, tuple(samples))
+        return cls(test.name, test.depth, test.batch, 1 / mean, deviation, tuple(samples), drafts)
 
     def json(self) -> dict[str, Any]:
         """The row as one JSON object."""
-        return asdict(self)
+        found = asdict(self)
+        del found["drafts"]
+        return found if self.drafts is None else found | {"drafts": self.drafts.json()}
 
 
 def time_prompts(engine: Engine, prompts: Prompts, clock: Clock = time.perf_counter) -> float:

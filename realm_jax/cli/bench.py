@@ -172,6 +172,9 @@ def _throughput(
         rows.append(benchmark.measure(test, repetitions))
         if facts is not None:
             print(_line(_cells(facts, rows[-1])), flush=True)
+        if (drafts := rows[-1].drafts) is not None and drafts.drafted:
+            found = f"{drafts.accepted} of {drafts.drafted} guesses accepted"
+            _say(f"{found}, {drafts.mean_accepted_length:.2f} tokens a step with guesses")
     return rows
 
 

@@ -139,8 +139,13 @@ class _Run:
         return (
             f"{made} tokens at {t['decode_tps']:.1f}/s, prompt of {self.outputs[0].usage.prompt_tokens} in "
             f"{t['prefill_s']:.2f} s, load {t['load_s']:.2f} s, compile {t['compile_s']:.2f} s, "
-            f"seed {self.outputs[0].seed}"
+            f"seed {self.outputs[0].seed}{self._guesses()}"
         )
+
+    def _guesses(self) -> str:
+        drafts = [output.metrics.drafts for output in self.outputs if output.metrics.drafts is not None]
+        accepted, drafted = sum(d.accepted for d in drafts), sum(d.drafted for d in drafts)
+        return f", {accepted} of {drafted} guesses accepted" if drafts else ""
 
 
 def _as_json(run: _Run, with_logprobs: bool) -> dict[str, object]:
@@ -168,6 +173,8 @@ def _sample(output: "GenerationOutput", with_logprobs: bool) -> dict[str, object
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
     }
+    if output.metrics.drafts is not None:
+        sample["drafts"] = output.metrics.drafts.json()
     if with_logprobs:
         sample["logprobs"] = output.logprobs
     return sample

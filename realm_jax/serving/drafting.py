@@ -65,6 +65,7 @@ class Drafting:
         self._most, self._is_free = most, is_free
         self._seconds: dict[tuple[int, int, int], deque[float]] = {}
         self._first_chance = 0.0 if is_free else 0.7
+        self.total = DraftRecord()  # of all sequences
 
     def lengths(
         self, pool: int, shape: Pool, records: Rows[DraftRecord], rooms: Rows[int]
@@ -89,8 +90,14 @@ class Drafting:
                     best, best_rate = (rows, each), rate
         return best
 
-    def learn(self, record: DraftRecord, outcomes: Rows[bool | None]) -> None:
-        """Whether the guess of each of a step's tokens was right; None where there was none."""
+    def learn(self, record: DraftRecord, asked: int, outcomes: Rows[bool | None]) -> None:
+        """A step with `asked` guesses was read.
+
+        outcomes: of each token that it gave, whether the guess was right; None where there was none.
+        """
+        stand = len(outcomes) - 1
+        for each in (record, self.total):
+            each.count(asked if outcomes[-1] is not None else stand, stand)
         chance = self._chance(record)
         for outcome in outcomes:
             if outcome is None and not self._is_free:

@@ -24,7 +24,7 @@ from realm_jax.serving.drafting import Drafting
 from realm_jax.serving.packing import PromptTargets, prompt_targets
 from realm_jax.serving.plans import Copy, Decode, Prefill
 from realm_jax.serving.registry import AdapterRegistry
-from realm_jax.serving.request import FinishReason, Request, Sequence, TextDelta
+from realm_jax.serving.request import DraftMetrics, FinishReason, Request, Sequence, TextDelta
 from realm_jax.serving.runner import Runner
 from realm_jax.serving.scheduler import Scheduler
 from realm_jax.serving.stopwatch import Stopwatch
@@ -110,6 +110,12 @@ class Engine:
     def programs(self) -> dict[str, float]:
         """The programs that have run: name -> seconds of the first call, compilation included."""
         return self._runner.programs
+
+    @property
+    def drafts(self) -> DraftMetrics | None:
+        """What became of all guesses so far; None where nothing guesses."""
+        drafting = self.scheduler.drafting
+        return None if drafting is None else DraftMetrics.of(drafting.total)
 
     @property
     def has_work(self) -> bool:

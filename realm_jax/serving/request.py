@@ -1,5 +1,6 @@
 """A request, its life as sequences, and what comes out. Plain Python: no JAX."""
 
+import itertools
 import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
@@ -155,6 +156,13 @@ class DraftMetrics:
     def mean_accepted_length(self) -> float | None:
         """Tokens of a step with guesses, the one that follows them included; None without such a step."""
         return 1 + self.accepted / self.steps if self.steps else None
+
+    def since(self, before: "DraftMetrics") -> "DraftMetrics":
+        """What came after, if these are the same run's."""
+        old = itertools.chain(before.by_position, itertools.repeat((0, 0)))
+        positions = tuple((a - c, b - d) for (a, b), (c, d) in zip(self.by_position, old, strict=False))
+        counts = self.steps - before.steps, self.drafted - before.drafted, self.accepted - before.accepted
+        return DraftMetrics(*counts, positions)
 
     def json(self) -> dict[str, object]:
         """The metrics as one JSON object."""

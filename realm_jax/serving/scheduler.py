@@ -124,9 +124,7 @@ class Scheduler:
         """A step with `asked` rows of the sequence was read: what was guessed of each token that it gave."""
         sequence.dispatched -= asked - len(outcomes)
         if self.drafting is not None and sequence.drafts is not None:
-            stand = len(outcomes) - 1
-            sequence.drafts.count(asked - 1 if outcomes[-1] is not None else stand, stand)
-            self.drafting.learn(sequence.drafts, outcomes)
+            self.drafting.learn(sequence.drafts, asked - 1, outcomes)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """The sequence has ended; its slot is free. Without effect on one that ended before."""
