@@ -16,10 +16,10 @@ from realm_jax import LLM, SamplingParams
 STORY = (
     "The sun was setting over the quiet village as the farmers returned from the feilds. Children played "
     "near the old stone bridge while their mothers prepared dinner. A soft wind moved through the tall "
-    "trees, carrying the smell of fresh bread from the bakery. The baker, an old man with a long white beard, was "
-    "closing his shop for the day. He had worked there for more than forty years, and everybody in the "
-    "village knew his name. On the other side of the river, the miller was counting the sacks of flour that "
-    "he would sell at the market on Saturday morning."
+    "trees, carrying the smell of fresh bread from the bakery. The baker, an old man with a long white "
+    "beard, was closing his shop for the day. He had worked there for more than forty years, and "
+    "everybody in the village knew his name. On the other side of the river, the miller was counting the "
+    "sacks of flour that he would sell at the market on Saturday morning."
 )
 CODE = "\n\n".join(
     f"def {name}(a, b):\n    return a {sign} b"
