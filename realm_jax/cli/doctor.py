@@ -22,6 +22,8 @@ def doctor(
     weights: options.Weights = "auto",
     kernels: options.Kernels = "auto",
     kv_dtype: options.KVDType = "auto",
+    spec_type: options.SpecType = "auto",
+    spec_tokens: options.SpecTokens = 7,
 ) -> None:
     """Show versions, devices, caches, the default model, and the programs that such a run may compile.
 
@@ -35,13 +37,21 @@ def doctor(
     from realm_jax.kernels.low_rank import LANES
 
     config = EngineConfig(
-        ctx_size=ctx_size, device=device, dtype=dtype, weights=weights, kernels=kernels, kv_dtype=kv_dtype
+        ctx_size=ctx_size,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        kernels=kernels,
+        kv_dtype=kv_dtype,
+        spec_type=spec_type,
+        spec_tokens=spec_tokens,
     )
     runtime.configure(config)
     numerics = runtime.resolve_numerics(config)
     missing = runtime.missing_kernels(config)
     default = hub.cached_path()
-    buckets = Buckets.plan(ctx_size or 4096, config, numerics.least_rows, numerics.adapter_widths)
+    guesses = spec_tokens if spec_type in ("ngram", "draft") else 0
+    buckets = Buckets.plan(ctx_size or 4096, config, numerics.least_rows, numerics.adapter_widths, guesses)
     programs, with_adapters = buckets.programs(), buckets.programs(rank=LANES)
     facts: dict[str, Any] = {
         "realm_jax": __version__,

@@ -43,6 +43,17 @@ KVDType = Annotated[
     Literal["auto", "bfloat16", "float32", "int8"], flag("--kv-dtype", "Storage of the KV cache.")
 ]
 
+SpecType = Annotated[
+    Literal["auto", "none", "ngram", "draft"],
+    flag(
+        "--spec-type",
+        "Who guesses tokens ahead: the text itself (ngram), or the draft model; auto: that, if any.",
+    ),
+]
+SpecTokens = Annotated[
+    int, flag("--spec-tokens", "Tokens to guess at most; fewer where guesses are wrong.", metavar="N")
+]
+
 
 @dataclass(frozen=True)
 class SamplingFlags:
@@ -122,16 +133,8 @@ class EngineFlags:
             metavar="REF",
         ),
     ] = None
-    spec_type: Annotated[
-        Literal["auto", "none", "ngram", "draft"],
-        flag(
-            "--spec-type",
-            "Who guesses tokens ahead: the text itself (ngram), or the draft model; auto: that, if any.",
-        ),
-    ] = "auto"
-    spec_tokens: Annotated[
-        int, flag("--spec-tokens", "Tokens to guess at most; fewer where guesses are wrong.", metavar="N")
-    ] = 7
+    spec_type: SpecType = "auto"
+    spec_tokens: SpecTokens = 7
     deterministic: Annotated[
         bool,
         flag(
