@@ -107,6 +107,27 @@ def test_speculative_is_plain(
         assert 0 < accepted < 0.9 * drafted or who == "bad"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["stories260K", "default"])
+def test_trained_models_say_what_they_say_alone(which: str, fixtures: Path, request: Any) -> None:
+    """Greedy and sampled, many prompts at once, guessed from their own texts, which repeat themselves."""
+    path: Path = (
+        fixtures / "stories260K" / "model.gguf"
+        if which == "stories260K"
+        else request.getfixturevalue("default_model")
+    )
+    options: dict[str, Any] = {"ctx_size": 256, "max_num_seqs": 8, "deterministic": True}
+    prompts = [f"Once upon a time there was a {who}. The {who} said: the {who}" for who in WHO]
+    params = [replace(GREEDY, max_tokens=30, seed=i, temperature=0.7 * (i % 2)) for i in range(len(WHO))]
+    llm = speculating(path, **options)
+    outputs = llm.generate(prompts, params)
+    assert [bits(o) for o in outputs] == [bits(o) for o in LLM(path, **options).generate(prompts, params)]
+    assert sum(drafts_of(o).accepted for o in outputs) > 20
+
+
+WHO = ("fox", "girl", "big dog", "king", "cat", "boy", "bird", "little bear")
+
+
 def drafts_of(output: GenerationOutput) -> Any:
     assert output.metrics.drafts is not None
     return output.metrics.drafts
