@@ -116,7 +116,7 @@ def test_trained_models_say_what_they_say_alone(which: str, fixtures: Path, requ
         if which == "stories260K"
         else request.getfixturevalue("default_model")
     )
-    options: dict[str, Any] = {"ctx_size": 256, "max_num_seqs": 8, "deterministic": True}
+    options: dict[str, Any] = {"ctx_size": 256, "max_num_seqs": 4, "deterministic": True}
     prompts = [f"Once upon a time there was a {who}. The {who} said: the {who}" for who in WHO]
     params = [replace(GREEDY, max_tokens=30, seed=i, temperature=0.7 * (i % 2)) for i in range(len(WHO))]
     llm = speculating(path, **options)
