@@ -19,7 +19,7 @@ from realm_jax.sampling import sample
 from realm_jax.sampling_rows import SamplingRows, TokenCounts
 from realm_jax.weights import Params
 
-LONGEST, SHORTEST = 4, 2
+LONGEST, SHORTEST = 8, 1
 """Tokens that must have stood before alike for what followed them to be a guess; the longest match wins."""
 
 CATCH_UP = 8

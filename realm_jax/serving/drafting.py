@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 
 from realm_jax.buckets import Pool
 
-LEARNING_RATE = 0.3
-"""The share of the newest guess in the chance that the next one is right."""
+FAST, SLOW = 0.4, 0.1
+"""The share of the newest guess in the chance that the next one is right: a text repeats itself in runs, a
+model's guesses are evenly good."""
 
 RETRY = 0.01
 """The share of what is assumed of guesses at first in that chance, for each token without a guess."""
 
-WORTH_IT = 1.05
+WORTH_IT = 1.15
 """A step with guesses must promise so many times as many tokens a second as one without."""
 
 KEPT, TRUSTED = 8, 3
@@ -64,7 +65,7 @@ class Drafting:
     def __init__(self, most: int, *, is_free: bool) -> None:
         self._most, self._is_free = most, is_free
         self._seconds: dict[tuple[int, int, int], deque[float]] = {}
-        self._first_chance = 0.0 if is_free else 0.7
+        self._first_chance, self._rate = (0.0, FAST) if is_free else (0.7, SLOW)
         self.total = DraftRecord()  # of all sequences
 
     def lengths(
@@ -103,7 +104,7 @@ class Drafting:
             if outcome is None and not self._is_free:
                 chance += RETRY * (self._first_chance - chance)
             else:
-                chance += LEARNING_RATE * (bool(outcome) - chance)
+                chance += self._rate * (bool(outcome) - chance)
         record.chance = chance
 
     def took(self, pool: int, rows: int, most: int, seconds: float) -> None:
