@@ -105,10 +105,12 @@ def continuation(
     R, C = history.shape
     each, at = jnp.arange(R, dtype=jnp.int32), jnp.arange(C, dtype=jnp.int32)[None]
     text = history.at[each, lengths].set(newest, mode="drop")
+    back = lengths[:, None] - jnp.arange(LONGEST, dtype=jnp.int32)[None]
+    last = jnp.take_along_axis(text, jnp.maximum(back, 0), axis=1)
+    padded = jnp.pad(text, ((0, 0), (LONGEST, 0)), constant_values=-1)  # no token: nothing stands there
     run, matched = jnp.ones((R, C), jnp.bool_), jnp.zeros((R, C), jnp.int32)
     for j in range(LONGEST):
-        last = jnp.take_along_axis(text, jnp.maximum(lengths - j, 0)[:, None], axis=1)
-        run = run & (jnp.roll(text, j, axis=1) == last) & (at >= j)
+        run = run & (padded[:, LONGEST - j : LONGEST - j + C] == last[:, j : j + 1])
         matched = matched + run.astype(jnp.int32)
     score = jnp.where(at < lengths[:, None], matched * C + at, 0).max(axis=1)
     place, period = score % C, lengths - score % C

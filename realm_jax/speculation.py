@@ -6,7 +6,7 @@ from pathlib import Path
 from realm_jax.config import EngineConfig
 from realm_jax.decoding import Autoregressive, Strategy
 from realm_jax.drafters import Drafter, DraftModel, NGram
-from realm_jax.errors import RealmError, RequestError, UnsupportedError
+from realm_jax.errors import CapacityError, RealmError, RequestError, UnsupportedError
 from realm_jax.loading import LoadedModel, LoadProgress, load_model
 from realm_jax.model import Transformer
 from realm_jax.serving.drafting import Drafting
@@ -38,6 +38,8 @@ def load_draft(
     memory = None if target.spare is None else max(target.spare, 1)
     try:
         return load_model(path, replace(config, ctx_size=target.context, memory=memory), on_load)
+    except CapacityError as error:
+        raise CapacityError(f"the draft model, in what the model leaves of --memory: {error}") from error
     except RealmError as error:
         raise type(error)(f"the draft model: {error}") from error
 

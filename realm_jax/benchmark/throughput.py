@@ -102,19 +102,22 @@ def time_generation(
 ) -> Sample:
     """What was read from the moment that all sequences had a token until each had `tokens` more.
 
-    Raises RequestError if one came to the context's end before.
+    Raises RequestError if one came to the context's end before it had them. Where guesses help some more than
+    others, these may end before the others have theirs.
     """
     requests = greedy(prompts, max_tokens=None)
-    have = Counter({request.id: 0 for request in requests})
+    have, before, ended = Counter({request.id: 0 for request in requests}), Counter[str](), set[str]()
 
     def read() -> None:
+        if any(have[name] - before[name] < tokens for name in ended):
+            raise RequestError(
+                f"{len(requests)} sequences do not get {tokens:,} tokens together: one came to the "
+                "context's end first (raise --ctx-size, or lower -b, -n or -d)"
+            )
         for delta in engine.step():
             have[delta.request_id] += len(delta.token_ids)
             if delta.output is not None:
-                raise RequestError(
-                    f"{len(requests)} sequences do not get {tokens:,} tokens together: one came to the "
-                    "context's end first (raise --ctx-size, or lower -b, -n or -d)"
-                )
+                ended.add(delta.request_id)
 
     try:
         for request in requests:

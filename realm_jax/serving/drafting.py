@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from realm_jax.buckets import Pool
 
-FAST, SLOW = 0.4, 0.1
-"""The share of the newest guess in the chance that the next one is right: a text repeats itself in runs, a
-model's guesses are evenly good."""
+LEARNING_RATE = 0.15
+"""The share of the newest guess in the chance that the next one is right. A larger share follows a text
+sooner, but of many sequences the luckiest then have the rows, and what is promised does not come."""
 
 RETRY = 0.01
 """The share of what is assumed of guesses at first in that chance, for each token without a guess."""
@@ -23,6 +23,9 @@ WORTH_IT = 1.15
 
 KEPT, TRUSTED = 8, 3
 """Of a kind of step, the fastest of so many last ones counts, once there are so many."""
+
+FORGET = 64
+"""After so many steps every other kind has lost its oldest time: what was slow once is tried again."""
 
 
 @dataclass
@@ -65,7 +68,8 @@ class Drafting:
     def __init__(self, most: int, *, is_free: bool) -> None:
         self._most, self._is_free = most, is_free
         self._seconds: dict[tuple[int, int, int], deque[float]] = {}
-        self._first_chance, self._rate = (0.0, FAST) if is_free else (0.7, SLOW)
+        self._first_chance = 0.0 if is_free else 0.7
+        self._steps = 0
         self.total = DraftRecord()  # of all sequences
 
     def lengths(
@@ -104,20 +108,27 @@ class Drafting:
             if outcome is None and not self._is_free:
                 chance += RETRY * (self._first_chance - chance)
             else:
-                chance += self._rate * (bool(outcome) - chance)
+                chance += LEARNING_RATE * (bool(outcome) - chance)
         record.chance = chance
 
     def took(self, pool: int, rows: int, most: int, seconds: float) -> None:
         """A step of so many rows, of which one sequence had `most` guesses, took so long."""
         kind = self._kind(pool, rows, most)
         self._seconds.setdefault(kind, deque(maxlen=KEPT)).append(seconds)
+        self._steps += 1
+        if self._steps % FORGET:
+            return
+        for other, seen in self._seconds.items():
+            if other != kind and seen:
+                seen.popleft()
 
     def _chance(self, record: DraftRecord) -> float:
         return self._first_chance if record.chance is None else record.chance
 
     def _caps(self) -> list[int]:
         """Longest drafts to choose from: where guesses are free, their number alone counts."""
-        return [self._most] if self._is_free else [c for c in (1, 2, 3, 4, 6, 8, 12, 16) if c <= self._most]
+        shorter = () if self._is_free else (c for c in (1, 2, 3, 4, 6, 8, 12, 16) if c < self._most)
+        return [*shorter, self._most]
 
     def _kind(self, pool: int, rows: int, most: int) -> tuple[int, int, int]:
         return pool, rows, 0 if self._is_free else most
@@ -133,7 +144,8 @@ class Drafting:
 
     def _pace(self) -> float:
         """Seconds of a step by those measured, in units of what is expected."""
-        ratios = [min(seen) / _expected(rows, most) for (_, rows, most), seen in self._seconds.items()]
+        times = [(rows, most, min(seen)) for (_, rows, most), seen in self._seconds.items() if seen]
+        ratios = [fastest / _expected(rows, most) for rows, most, fastest in times]
         return min(ratios, default=1.0)
 
 
