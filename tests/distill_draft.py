@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from draft_file import Draft, kept_layers, tensors
 from draft_text import Answer, Collection, collect, greedy_answers
 from draft_training import Distillation, Trained, train
 
-from realm_jax import LLM, SamplingParams, gguf, hub
+from realm_jax import LLM, SamplingParams, gguf
 from realm_jax.config import EngineConfig
 from realm_jax.errors import RealmError, RequestError
 from realm_jax.loading import load_model
@@ -33,7 +34,7 @@ HELD_OUT = 48
 LENGTHS = (2, 4, 8)
 """Tokens that a draft proposes at a time."""
 
-GENERATION = 0.35
+GENERATION = 0.45
 """Its share of the time."""
 
 ASKED = (
@@ -51,6 +52,16 @@ ASKED = (
     "List five mammals that live in the ocean.",
 )
 """Questions that a person asked: whether the draft serves more than what the model would ask itself."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the model said: to learn from, to measure by, and in answer to a person's questions."""
+
+    learned: list[Answer]
+    held_out: list[Answer]
+    asked: list[Answer]
+    seconds: float
 
 
 def measure(path: Path, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -89,9 +100,9 @@ def steps(foreseen: Sequence[bool], length: int) -> int:
     return count
 
 
-def measured(path: Path, held_out: Sequence[Answer], asked: Sequence[Answer]) -> dict[str, Any]:
+def measured(path: Path, text: Text) -> dict[str, Any]:
     """The draft's figures on the model's own questions, and on those of a person."""
-    return {"held_out": measure(path, held_out), "asked": measure(path, asked)}
+    return {"held_out": measure(path, text.held_out), "asked": measure(path, text.asked)}
 
 
 def split(answers: Sequence[Answer]) -> tuple[list[Answer], list[Answer]]:
@@ -121,53 +132,76 @@ def say_step(step: int, total: int, loss: float) -> None:
         say(f"step {step} of at most {total}: divergence {loss:.4f}")
 
 
+def gathered(llm: LLM, wanted: Collection, deadline: float) -> Text:
+    """The model's text."""
+    start = time.perf_counter()
+
+    def on_round(count: int, tokens: int) -> None:
+        say(f"{count} answers, {tokens} tokens, {time.perf_counter() - start:.0f} s")
+
+    asked = greedy_answers(llm, ASKED)
+    learned, held_out = split(collect(llm, wanted, deadline, on_round))
+    return Text(learned, held_out, asked, time.perf_counter() - start)
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The draft is written; its figures."""
-    start, limit = time.perf_counter(), 60 * options.minutes
+    start = time.perf_counter()
+    end = start + 60 * options.minutes
+    check(options)
     llm = LLM(options.model, ctx_size=CONTEXT, max_num_seqs=SEQUENCES)
-    asked = greedy_answers(llm, ASKED)
-    begun = time.perf_counter()
-    answers = collect(
-        llm,
-        Collection(options.tokens, options.seed),
-        start + GENERATION * limit,
-        lambda count, tokens: say(f"{count} answers, {tokens} tokens, {time.perf_counter() - begun:.0f} s"),
-    )
-    generation = time.perf_counter() - begun
-    learned, held_out = split(answers)
     with gguf.open(llm.model.path) as file, tempfile.TemporaryDirectory() as folder:
         draft = Draft(file, kept_layers(llm.model.config.num_layers, options.layers), options.type)
         initial = Path(folder, "initial.gguf")
         draft.write(initial)
-        measuring = time.perf_counter()
-        before = measured(initial, held_out, asked)
+        wanted = Collection(options.tokens, options.seed)
+        text = gathered(llm, wanted, start + GENERATION * (end - start))
+        begun = time.perf_counter()
+        before = measured(initial, text)
         say(f"before: {before}")
         now = time.perf_counter()
-        left = start + limit - now - (now - measuring)  # what is left after measuring once more
+        left = max(end - now - (now - begun), 1.0)  # it is measured once more
         config = Distillation(seed=options.seed, epochs=options.epochs)
-        trained = distilled(draft, initial, options.output, learned, config, max(left, 1.0))
-    after = measured(options.output, held_out, asked)
+        trained = distilled(draft, initial, options.output, text.learned, config, left)
+    after = measured(options.output, text)
     say(f"after: {after}")
     return {
         "model": llm.model.path.name,
         **described(options.output),
         "layers_of_model": list(draft.layers),
-        "data": {
-            "answers": len(learned),
-            "greedy": sum(answer.is_greedy for answer in learned),
-            "tokens": sum(answer.count for answer in learned),
-            "seconds": round(generation, 1),
-        },
-        "training": {
-            "steps": len(trained.losses),
-            "tokens": trained.tokens,
-            "divergence": [round(mean(part), 4) for part in (trained.losses[:20], trained.losses[-20:])],
-            "seconds": round(trained.seconds, 1),
-        },
+        "data": {**counted(text.learned), "seconds": round(text.seconds, 1)},
+        "training": summary(trained),
         "before": before,
         "after": after,
         "seconds": round(time.perf_counter() - start, 1),
         "device": jax.default_backend(),
+    }
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises RequestError for what would otherwise be found after the training, or not at all."""
+    if not options.output.parent.is_dir():
+        raise RequestError(f"{options.output.parent} is no folder; -o names a file in one that is there")
+    for name, least in (("tokens", 1), ("epochs", 1), ("minutes", 0.1), ("seed", 0)):
+        if not (value := getattr(options, name)) >= least:
+            raise RequestError(f"{name} is {value}; it must be at least {least}")
+
+
+def counted(answers: Sequence[Answer]) -> dict[str, int]:
+    return {
+        "answers": len(answers),
+        "greedy": sum(answer.is_greedy for answer in answers),
+        "tokens": sum(answer.count for answer in answers),
+    }
+
+
+def summary(trained: Trained) -> dict[str, Any]:
+    """divergence: the mean of the first 20 steps and of the last, in nats."""
+    return {
+        "steps": len(trained.losses),
+        "tokens": trained.tokens,
+        "divergence": [round(mean(part), 4) for part in (trained.losses[:20], trained.losses[-20:])],
+        "seconds": round(trained.seconds, 1),
     }
 
 
@@ -198,9 +232,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=int, default=1_000_000, help="of answers, at most (default: %(default)s)"
     )
-    parser.add_argument("--epochs", type=int, default=10, help="at most (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=6, help="at most (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=25, help="for everything (default: %(default)s)")
-    parser.add_argument("--type", default="q8_0", choices=get_args(TypeName), help="of matrices")
+    parser.add_argument("--type", default="q4_0", choices=get_args(TypeName), help="of matrices")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -212,7 +246,6 @@ def say(text: str) -> None:
 def main() -> None:
     options = parsed()
     try:
-        hub.resolve(options.model)
         print(json.dumps(run(options)))
     except RealmError as error:
         say(f"error: {error}")

@@ -43,7 +43,7 @@ class Distillation:
       each step, stand for all of them (Jean et al. 2015).
     """
 
-    epochs: int = 10
+    epochs: int = 6
     batch_size: int = 2
     lr: float = 2e-3
     warmup: int = 20

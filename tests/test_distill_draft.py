@@ -28,6 +28,11 @@ from realm_jax.nodes import Dense
 from realm_jax.scoring import logits
 
 KEPT = (0, 2)
+NORMS = [
+    (f"blk.{i}.{kind}_norm.weight", f"blk.{layer}.{kind}_norm.weight")
+    for i, layer in enumerate(KEPT)
+    for kind in ("attn", "ffn")
+]
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +171,36 @@ def test_from_text_to_file(model: Path, answers: Sequence[Answer], tmp_path: Pat
         assert file.metadata["llama.block_count"] == 2 and "draft" in file.metadata["general.name"]
         kinds = {name: info.ggml_type for name, info in file.tensors.items() if len(info.shape) == 2}
         assert set(kinds.values()) == {GGMLType.Q4_0} and "blk.1.ffn_down.weight" in kinds
+        for name, origin in (("output_norm.weight", "output_norm.weight"), *NORMS):
+            assert file.data(name).tobytes() != source.data(origin).tobytes()
         assert file.metadata["tokenizer.ggml.tokens"] == source.metadata["tokenizer.ggml.tokens"]
 
 
-def test_refused(model: Path, fixtures: Path):
-    with pytest.raises(RequestError, match="layers is 4; the model has 3"):
-        kept_layers(3, 4)
-    assert kept_layers(5, 3) == (0, 3, 4) and kept_layers(5, 1) == (0,)
-    with gguf.open(fixtures / "arch" / "gemma2" / "model.gguf") as file, pytest.raises(UnsupportedError):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["-o", "no/such/draft.gguf"], "no/such is no folder"),
+        (["-o", "a.gguf", "--minutes", "nan"], "minutes is nan; it must be at least 0.1"),
+        (["-o", "a.gguf", "--layers", "4", "-m", "MODEL"], "layers is 4; the model has 3"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(model: Path, given: list[str], message: str):
+    options = distill_draft.parsed([str(model) if each == "MODEL" else each for each in given])
+    with pytest.raises(RequestError, match=message):
+        distill_draft.run(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("gemma2", "layers differ"), ("llama-moe", "experts"), ("qwen2", "biases")]
+)
+def test_other_kinds_of_models_are_refused(fixtures: Path, name: str, message: str):
+    with (
+        gguf.open(fixtures / "arch" / name / "model.gguf") as file,
+        pytest.raises(UnsupportedError, match=message),
+    ):
         Draft(file, (0,), "f32")
+
+
+def test_the_first_layer_and_the_last_ones_are_kept():
+    assert [kept_layers(5, count) for count in (1, 2, 3)] == [(0,), (0, 4), (0, 3, 4)]
+    assert kept_layers(3, 3) == (0, 1, 2)
