@@ -15,6 +15,9 @@ LEARNING_RATE = 0.15
 """The share of the newest guess in the chance that the next one is right. A larger share follows a text
 sooner, but of many sequences the luckiest then have the rows, and what is promised does not come."""
 
+COMMON_RATE = 0.03
+"""The same share in what a draft model's guesses are worth for sequences that begin."""
+
 RETRY = 0.01
 """The share of what is assumed of guesses at first in that chance, for each token without a guess."""
 
@@ -69,6 +72,7 @@ class Drafting:
         self._most, self._is_free = most, is_free
         self._seconds: dict[tuple[int, int, int], deque[float]] = {}
         self._first_chance = 0.0 if is_free else 0.7
+        self._usual = self._first_chance  # of a sequence that begins: what became of others' guesses
         self._steps = 0
         self.total = DraftRecord()  # of all sequences
 
@@ -109,6 +113,8 @@ class Drafting:
                 chance += RETRY * (self._first_chance - chance)
             else:
                 chance += LEARNING_RATE * (bool(outcome) - chance)
+                if not self._is_free:  # a text says nothing of others; a model is as good for all
+                    self._usual += COMMON_RATE * (bool(outcome) - self._usual)
         record.chance = chance
 
     def took(self, pool: int, rows: int, most: int, seconds: float) -> None:
@@ -123,7 +129,7 @@ class Drafting:
                 seen.popleft()
 
     def _chance(self, record: DraftRecord) -> float:
-        return self._first_chance if record.chance is None else record.chance
+        return self._usual if record.chance is None else record.chance
 
     def _caps(self) -> list[int]:
         """Longest drafts to choose from: where guesses are free, their number alone counts."""
