@@ -11,7 +11,24 @@ import jax.monitoring
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("realm_jax", "runtime_types.check")
+SHAPED = (
+    *(
+        "banks",
+        "cache",
+        "decoding",
+        "drafters",
+        "kernels",
+        "layers",
+        "lora",
+        "model",
+        "native_nodes",
+        "nodes",
+    ),
+    *("projections", "quant", "rope", "sampling", "sampling_rows", "scoring", "speculative", "training"),
+    "weights",
+)
+"""The modules whose functions take arrays; in the others these checks took most of the time of long tests."""
+install_import_hook([f"realm_jax.{name}" for name in SHAPED], "runtime_types.check")
 from realm_jax import hub, runtime  # noqa: E402  after the hook, which checks them too
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
