@@ -82,7 +82,6 @@ def repetitive(seed: int, count: int) -> tuple[list[list[int]], list[SamplingPar
         ("same", {"dtype": "float32", "deterministic": True}),
         ("bad", {"dtype": "float32", "deterministic": True}),
         ("ngram", {"dtype": "float32", "ctx_size": 1024}),
-        ("same", {"spec_tokens": 3, "deterministic": True}),
         ("ngram", {"dtype": "bfloat16", "kernels": "xla", "spec_tokens": 3, "deterministic": True}),
         ("bad", {"kv_dtype": "int8", "spec_tokens": 15, "deterministic": True}),
     ],
