@@ -3,14 +3,15 @@
 S slots, C capacity, K kv heads, H head dim, B rows, T new tokens, N query heads.
 """
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from realm_jax.config import BLOCK, ModelConfig, Numerics
+from realm_jax.config import BLOCK, Kernels, ModelConfig, Numerics
 from realm_jax.kernels import attention
 from realm_jax.kernels.native import calls
 from realm_jax.kernels.tiles import LANES
@@ -86,13 +87,20 @@ def empty_cache(shape: tuple[int, int, int, int], numerics: Numerics) -> Cache:
     if numerics.kv_dtype == "int8":
         codes, scales = jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32)
         kind = NativeInt8Cache if is_native else Int8Cache
-        return kind(codes, codes.copy(), scales, scales.copy())
-    if numerics.kv_dtype == "float32":
-        return KVCache(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
-    if is_native:
+        return kind(codes, codes.copy(), scales, scales.copy(), kernels=numerics.kernels)
+    if is_native and numerics.kv_dtype == "bfloat16":
         k, v = (S, K, C // BLOCK, H // 2, BLOCK), (S, K, C // BLOCK, BLOCK // 2, H)
-        return NativeKVCache(jnp.zeros(k, jnp.uint32), jnp.zeros(v, jnp.uint32))
-    return KVCache(jnp.zeros(shape, jnp.uint16), jnp.zeros(shape, jnp.uint16))
+        return NativeKVCache(jnp.zeros(k, jnp.uint32), jnp.zeros(v, jnp.uint32), kernels=numerics.kernels)
+    storage = _storage(numerics)
+    return KVCache(jnp.zeros(shape, storage), jnp.zeros(shape, storage), kernels=numerics.kernels)
+
+
+def _storage(numerics: Numerics) -> type:
+    """bf16 is kept as its bits where XLA's CPU backend writes it, which widens an update of bf16 in place to
+    a rewrite of the whole cache in float32, and leaves integers alone."""
+    if numerics.kv_dtype == "float32":
+        return jnp.float32
+    return jnp.bfloat16 if numerics.kernels == "pallas" else jnp.uint16
 
 
 def cached_bytes(model: ModelConfig, kv_dtype: str) -> int:
@@ -116,21 +124,17 @@ class Stepwise:
 
 @struct.dataclass
 class KVCache(Stepwise):
-    """Keys and values as numbers.
-
-    bf16 is kept as its bits in uint16: XLA's CPU backend widens a bf16 update in place to a rewrite of
-    the whole cache in float32, and leaves integers alone.
-    """
-
-    attention: ClassVar = staticmethod(attention)
+    """Keys and values as numbers, bf16 as such or as its bits in uint16."""
 
     k: jax.Array  # [S, K, C, H]
     v: jax.Array  # [S, K, C, H]
+    kernels: Kernels = struct.field(pytree_node=False, default="xla")
 
     def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "KVCache":
         """As `Cache.write`."""
         at = _places(slots, positions)
-        return KVCache(_put(self.k, at, _encode(k, self.k.dtype)), _put(self.v, at, _encode(v, self.v.dtype)))
+        k, v = _encode(k, self.k.dtype), _encode(v, self.v.dtype)
+        return replace(self, k=_put(self.k, at, k), v=_put(self.v, at, v))
 
     def attend(
         self,
@@ -144,29 +148,32 @@ class KVCache(Stepwise):
     ) -> Array:
         """As `Cache.attend`."""
         how = {"scale": scale, "softcap": softcap, "window": window}
-        return self.attention(q, self.k, self.v, None, None, slots, positions, **how)
+        return self._attention(q, self.k, self.v, None, None, slots, positions, **how)
+
+    def _attention(self, *arrays: Any, **how: Any) -> Array:
+        return attention(*arrays, **how, kernels=self.kernels)
 
 
 @struct.dataclass
 class Int8Cache(Stepwise):
     """Keys and values as int8 codes, each token's head with a scale of its own."""
 
-    attention: ClassVar = staticmethod(attention)
-
     k: jax.Array  # [S, K, C, H]
     v: jax.Array  # [S, K, C, H]
     k_scale: jax.Array  # [S, K, C]
     v_scale: jax.Array  # [S, K, C]
+    kernels: Kernels = struct.field(pytree_node=False, default="xla")
 
     def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "Int8Cache":
         """As `Cache.write`, rounded to the nearest code."""
         at = _places(slots, positions)
         (k, k_scale), (v, v_scale) = _quantize(k), _quantize(v)
-        return type(self)(
-            _put(self.k, at, k),
-            _put(self.v, at, v),
-            _put(self.k_scale, at, k_scale),
-            _put(self.v_scale, at, v_scale),
+        return replace(
+            self,
+            k=_put(self.k, at, k),
+            v=_put(self.v, at, v),
+            k_scale=_put(self.k_scale, at, k_scale),
+            v_scale=_put(self.v_scale, at, v_scale),
         )
 
     def attend(
@@ -182,14 +189,15 @@ class Int8Cache(Stepwise):
         """As `Cache.attend`: scores and weights are multiplied by the scales, the codes as they are."""
         kept = (self.k, self.v, self.k_scale, self.v_scale)
         how = {"scale": scale, "softcap": softcap, "window": window}
-        return self.attention(q, *kept, slots, positions, **how)
+        return self._attention(q, *kept, slots, positions, **how)
+
+    def _attention(self, *arrays: Any, **how: Any) -> Array:
+        return attention(*arrays, **how, kernels=self.kernels)
 
 
 @struct.dataclass
 class NativeKVCache(KVCache):
     """bf16 in pairs, as the C++ kernels take them; see `kernels.native.calls.attention`."""
-
-    attention: ClassVar = staticmethod(calls.attention)
 
     k: jax.Array  # [S, K, C / 64, H / 2, 64]
     v: jax.Array  # [S, K, C / 64, 32, H]
@@ -197,7 +205,7 @@ class NativeKVCache(KVCache):
     def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "NativeKVCache":
         """As `Cache.write`."""
         k = calls.write_cache(k, slots, positions, self.k, is_keys=True)
-        return NativeKVCache(k, calls.write_cache(v, slots, positions, self.v, is_keys=False))
+        return replace(self, k=k, v=calls.write_cache(v, slots, positions, self.v, is_keys=False))
 
     def extend(
         self, heads: Array, turn: Rotation, slots: Slots, positions: Array, **how: Any
@@ -205,20 +213,21 @@ class NativeKVCache(KVCache):
         """As `Cache.extend`, in one call."""
         turns = turn.cos, turn.sin, turn.interleaved
         out, kept = calls.extend(heads, *turns, slots, positions, (self.k, self.v), **how)
-        return out, NativeKVCache(*kept)
+        return out, replace(self, k=kept[0], v=kept[1])
+
+    def _attention(self, *arrays: Any, **how: Any) -> Array:
+        return calls.attention(*arrays, **how)
 
 
 @struct.dataclass
 class NativeInt8Cache(Int8Cache):
     """int8 codes that the C++ kernels write and read."""
 
-    attention: ClassVar = staticmethod(calls.attention)
-
     def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "NativeInt8Cache":
         """As `Cache.write`."""
         k, k_scale = calls.write_cache_int8(k, slots, positions, self.k, self.k_scale)
         v, v_scale = calls.write_cache_int8(v, slots, positions, self.v, self.v_scale)
-        return NativeInt8Cache(k, v, k_scale, v_scale)
+        return replace(self, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
     def extend(
         self, heads: Array, turn: Rotation, slots: Slots, positions: Array, **how: Any
@@ -227,7 +236,10 @@ class NativeInt8Cache(Int8Cache):
         turns = turn.cos, turn.sin, turn.interleaved
         kept = self.k, self.v, self.k_scale, self.v_scale
         out, kept = calls.extend(heads, *turns, slots, positions, kept, **how)
-        return out, NativeInt8Cache(*kept)
+        return out, NativeInt8Cache(*kept, kernels=self.kernels)
+
+    def _attention(self, *arrays: Any, **how: Any) -> Array:
+        return calls.attention(*arrays, **how)
 
 
 def _places(slots: Slots, positions: Int[Array, "B T"]) -> tuple[Array, slice, Array]:

@@ -25,6 +25,10 @@ MAX_LORA_RANK = 512
 """The largest rank that a bank is made for; adapters of larger ones can be folded."""
 
 
+Kernels = Literal["reference", "xla", "pallas", "native"]
+"""Who multiplies: plain formulas, XLA's compiler alone, kernels for GPU and TPU, or C++ on CPU."""
+
+
 class Activation(StrEnum):
     """What gates the feed-forward product."""
 
@@ -94,7 +98,7 @@ class Numerics:
     dtype: Literal["bfloat16", "float32"]
     kv_dtype: Literal["bfloat16", "float32", "int8"]
     weights: Literal["dense", "quantized", "int8"]
-    kernels: Literal["xla", "native"]
+    kernels: Kernels
 
     @property
     def least_rows(self) -> int:
@@ -116,7 +120,8 @@ class EngineConfig:
     weights: storage of projections. "quantized" keeps the file's codes and scales, exactly; "dense" expands;
       "int8" rounds, which "auto" never does: with native kernels what the file has in plain numbers, with
       XLA all but what loses most by it.
-    kernels: who multiplies. "native": the C++ kernels, on CPU; "xla": the compiler alone.
+    kernels: who multiplies. "native": the C++ kernels, on CPU; "xla": the compiler alone; "pallas": kernels
+      for GPU and TPU, interpreted on a CPU, which is for tests; "reference": plain formulas, for comparison.
     kv_dtype: storage of the cache; "auto" follows `dtype`; "int8" has a scale per token and head.
     max_num_seqs: sequences that run at once; further requests wait.
     max_num_batched_tokens: prompt tokens in one prefill call, which is what running sequences wait for.
@@ -136,7 +141,7 @@ class EngineConfig:
     ctx_size: int | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     weights: Literal["auto", "dense", "quantized", "int8"] = "auto"
-    kernels: Literal["auto", "xla", "native"] = "auto"
+    kernels: Literal["auto", "reference", "xla", "pallas", "native"] = "auto"
     kv_dtype: Literal["auto", "bfloat16", "float32", "int8"] = "auto"
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
@@ -200,7 +205,7 @@ _REQUIRED = ("max_num_seqs", "max_num_batched_tokens", "max_loras", "spec_tokens
 _CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "weights": ("auto", "dense", "quantized", "int8"),
-    "kernels": ("auto", "xla", "native"),
+    "kernels": ("auto", "reference", "xla", "pallas", "native"),
     "kv_dtype": ("auto", "bfloat16", "float32", "int8"),
     "device": ("auto", "cpu", "gpu", "tpu"),
     "spec_type": ("auto", "none", "ngram", "draft"),

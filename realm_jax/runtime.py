@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Literal
 
 import jax
 
-from realm_jax.config import EngineConfig, Numerics
+from realm_jax.config import EngineConfig, Kernels, Numerics
 from realm_jax.errors import RequestError, UnsupportedError
 from realm_jax.kernels import native
+
+_log = logging.getLogger(__name__)
 
 DTYPES: dict[str, Literal["bfloat16", "float32"]] = dict.fromkeys(("cpu", "gpu", "tpu"), "bfloat16")
 """What `dtype=auto` means on each backend. bf16 weights give float32's perplexity to 0.1 %."""
@@ -65,18 +68,19 @@ def backend() -> str:
 
 
 def resolve_numerics(config: EngineConfig) -> Numerics:
-    """The arithmetic of a run. On CPU "auto" keeps quantized weights where the C++ kernels are there.
+    """The arithmetic of a run. "auto" keeps quantized weights where kernels multiply them.
 
-    Raises UnsupportedError or RequestError for native kernels that this machine or `dtype` does not allow,
+    Raises UnsupportedError or RequestError for kernels that this machine or `dtype` does not allow,
     RequestError for int8 weights in float32.
     """
-    dtype = DTYPES[backend()] if config.dtype == "auto" else config.dtype
+    dtype = _dtype(config)
     if config.weights == "int8" and dtype == "float32":
         raise RequestError("weights='int8' are multiplied in int8; use dtype='bfloat16' or weights='dense'")
-    kernels = _resolve_kernels(config, dtype)
+    kernels, reason = choose_kernels(config)
+    _log.info("kernels: %s, because %s", kernels, reason)
     weights = config.weights
     if weights == "auto":
-        weights = "quantized" if kernels == "native" else "dense"
+        weights = "quantized" if kernels in ("native", "pallas") else "dense"
     return Numerics(dtype, dtype if config.kv_dtype == "auto" else config.kv_dtype, weights, kernels)
 
 
@@ -86,22 +90,38 @@ def missing_kernels(config: EngineConfig) -> str | None:
     return native.problem() if wants else None
 
 
-def _resolve_kernels(config: EngineConfig, dtype: str) -> Literal["xla", "native"]:
-    if config.kernels == "auto":
-        is_possible = backend() == "cpu" and dtype == "bfloat16" and native.problem() is None
-        return "native" if is_possible else "xla"
+def choose_kernels(config: EngineConfig) -> tuple[Kernels, str]:
+    """Who multiplies in such a run, and why.
+
+    Raises UnsupportedError or RequestError for kernels that are asked for and cannot be.
+    """
     if config.kernels == "native":
-        if dtype == "float32":
-            raise RequestError(
-                "kernels='native' multiply in int8 and bf16; use dtype='bfloat16' or kernels='xla'"
-            )
-        if backend() != "cpu":
-            raise UnsupportedError(
-                f"kernels='native' are for CPUs; the device is {backend()} (kernels='xla')"
-            )
-        if problem := native.problem():
-            raise UnsupportedError(f"kernels='native' cannot be used: {problem} (kernels='xla')")
-    return config.kernels
+        _require_native(config)
+    if config.kernels != "auto":
+        is_interpreted = config.kernels == "pallas" and backend() == "cpu"
+        return config.kernels, "they were asked for" + ("; on a CPU they are interpreted" * is_interpreted)
+    if backend() != "cpu":
+        return "xla", f"no others have been measured on {backend()} (kernels='pallas' tries ours)"
+    if _dtype(config) == "float32":
+        return "xla", "the C++ kernels do not multiply in float32"
+    if problem := native.problem():
+        return "xla", f"the C++ kernels cannot be used: {problem}"
+    return "native", f"this processor has {native.select()}"
+
+
+def _require_native(config: EngineConfig) -> None:
+    if _dtype(config) == "float32":
+        raise RequestError(
+            "kernels='native' multiply in int8 and bf16; use dtype='bfloat16' or kernels='xla'"
+        )
+    if backend() != "cpu":
+        raise UnsupportedError(f"kernels='native' are for CPUs; the device is {backend()} (kernels='xla')")
+    if problem := native.problem():
+        raise UnsupportedError(f"kernels='native' cannot be used: {problem} (kernels='xla')")
+
+
+def _dtype(config: EngineConfig) -> Literal["bfloat16", "float32"]:
+    return DTYPES[backend()] if config.dtype == "auto" else config.dtype
 
 
 def machine() -> str:

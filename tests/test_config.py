@@ -12,7 +12,7 @@ from realm_jax.errors import RequestError
 CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "weights": ("auto", "dense", "quantized", "int8"),
-    "kernels": ("auto", "xla", "native"),
+    "kernels": ("auto", "reference", "xla", "pallas", "native"),
     "kv_dtype": ("auto", "bfloat16", "float32", "int8"),
     "device": ("auto", "cpu", "gpu", "tpu"),
 }

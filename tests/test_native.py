@@ -269,7 +269,9 @@ def test_doctor_says_which_kernels_there_are(monkeypatch: pytest.MonkeyPatch, mi
     monkeypatch.setattr(native, "problem", lambda: missing)
     done = realm("doctor", "--json")
     assert done.code == 0, done.err
-    kernels = json.loads(done.out)["kernels"]
-    assert kernels == (
-        f"native ({native.select()})" if missing is None else f"xla; no native ones: {missing}"
-    )
+    facts = json.loads(done.out)
+    if missing is None:
+        wanted = "native", f"this processor has {native.select()}"
+    else:
+        wanted = "xla", f"the C++ kernels cannot be used: {missing}"
+    assert (facts["kernels"], facts["kernels_because"]) == wanted

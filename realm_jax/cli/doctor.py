@@ -48,7 +48,7 @@ def doctor(
     )
     runtime.configure(config)
     numerics = runtime.resolve_numerics(config)
-    missing = runtime.missing_kernels(config)
+    kernels_used, reason = runtime.choose_kernels(config)
     default = hub.cached_path()
     guesses = spec_tokens if spec_type in ("ngram", "draft") else 0
     buckets = Buckets.plan(ctx_size or 4096, config, numerics.least_rows, numerics.adapter_widths, guesses)
@@ -64,7 +64,8 @@ def doctor(
         "dtype": numerics.dtype,
         "kv_dtype": numerics.kv_dtype,
         "weights": numerics.weights,
-        "kernels": _kernels(numerics.kernels, missing),
+        "kernels": kernels_used,
+        "kernels_because": reason,
         "cache": str(hub.cache_dir()),
         "compile_cache": str(runtime.program_folder(hub.cache_dir()) or "off"),
         "default_model": str(default) if default else "not downloaded (realm models pull)",
@@ -78,14 +79,6 @@ def doctor(
     facts["adapter_programs"] = f"{len(facts['adapter_programs'])} more for each rank of adapters in use"
     print(table((name.replace("_", " "), _text(value)) for name, value in facts.items()))
     print(f"\nprograms that a run may compile: {len(programs)}", *programs, sep="\n  ")
-
-
-def _kernels(kernels: str, missing: str | None) -> str:
-    if kernels == "native":
-        from realm_jax.kernels import native
-
-        return f"native ({native.select()})"
-    return kernels if missing is None else f"{kernels}; no native ones: {missing}"
 
 
 def _text(value: Any) -> str:

@@ -5,6 +5,7 @@ Precedence: flag, REALM_* variable, --config file, default.
 
 import functools
 import inspect
+import logging
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
@@ -71,6 +72,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 def _be_verbose(context: Any, wanted: bool) -> bool:
     context.find_object(Run).verbose = wanted
+    if wanted and logging.lastResort is not None:
+        logging.getLogger("realm_jax").setLevel(logging.INFO)
+        logging.lastResort.setLevel(logging.INFO)  # it writes to stderr, as others' warnings are
     return wanted
 
 
@@ -130,5 +134,10 @@ Config = Annotated[
 ]
 Verbose = Annotated[
     bool,
-    flag("-v --verbose", "Show where an error came from.", is_eager=True, callback=_be_verbose),
+    flag(
+        "-v --verbose",
+        "Show what is decided, and where an error came from.",
+        is_eager=True,
+        callback=_be_verbose,
+    ),
 ]

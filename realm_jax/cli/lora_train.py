@@ -39,10 +39,7 @@ class ModelFlags:
         Literal["auto", "dense", "quantized", "int8"],
         flag("--weights", "The frozen base: expanded, the file's own codes, or rounded to 8 bits."),
     ] = "auto"
-    kernels: Annotated[
-        Literal["auto", "xla", "native"],
-        flag("--kernels", "Who multiplies: C++ (on CPU), or XLA alone."),
-    ] = "auto"
+    kernels: options.Kernels = "auto"
     offline: options.Offline = False
 
 

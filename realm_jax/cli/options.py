@@ -37,7 +37,8 @@ Weights = Annotated[
     flag("--weights", "Storage of weights: expanded, the file's own codes, or rounded to 8 bits."),
 ]
 Kernels = Annotated[
-    Literal["auto", "xla", "native"], flag("--kernels", "Who multiplies: C++ (on CPU), or XLA alone.")
+    Literal["auto", "reference", "xla", "pallas", "native"],
+    flag("--kernels", "Who multiplies: C++ (CPU), Pallas (GPU, TPU), XLA alone, or plain formulas."),
 ]
 KVDType = Annotated[
     Literal["auto", "bfloat16", "float32", "int8"], flag("--kv-dtype", "Storage of the KV cache.")

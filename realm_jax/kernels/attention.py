@@ -1,6 +1,6 @@
-"""Attention over a slot cache, block by block, reading only the blocks that are filled.
+"""The door to attention over a slot cache: one meaning, several implementations.
 
-B rows, T new tokens, S slots, C cache capacity, N query heads, K kv heads, H head dim, M stacked queries.
+B rows, T new tokens, S slots, C cache capacity, N query heads, K kv heads, H head dim.
 """
 
 import functools
@@ -10,13 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from realm_jax.config import BLOCK, MIN_ROWS
+from realm_jax.config import Kernels
 from realm_jax.errors import UnsupportedError
-from realm_jax.kernels import reference
-from realm_jax.kernels.reference import pad_axis, product, row_sum, stack_heads, unstack_heads
-
-HIDDEN = -1e30
-"""The score of a position that a query does not see: its weight is exactly 0."""
+from realm_jax.kernels import blockwise, reference
 
 
 def attention(
@@ -31,21 +27,19 @@ def attention(
     scale: float,
     softcap: float | None,
     window: int | None,
+    kernels: Kernels = "xla",
 ) -> Float[Array, "B T N H"]:
     """Causal attention of each query to its slot's cache positions up to its own, in float32.
 
     A query at position p sees positions max(0, p - window + 1) .. p; one at or past the capacity is idle
     and gets garbage. k, v: float32, bf16, bf16's bits in uint16, or int8 codes to be multiplied by their
     scales. slots: None where row b is slot b.
-
-    The softmax runs over blocks of `BLOCK` positions in order, with a running maximum (Milakov and
-    Gimelshein 2018; Dao et al. 2022). A block that no row of the call sees is skipped, which changes no
-    bit: its weights would be exactly 0, its rescaling exactly 1.
     """
-    return _attention(q, k, v, k_scale, v_scale, slots, positions, scale, softcap, window)  # pyright: ignore[reportReturnType]
+    kept = (q, k, v, k_scale, v_scale, slots, positions)
+    return _attention(*kept, scale, softcap, window, kernels)  # pyright: ignore[reportReturnType]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
 def _attention(
     q: Array,
     k: Array,
@@ -57,73 +51,25 @@ def _attention(
     scale: float,
     softcap: float | None,
     window: int | None,
+    kernels: Kernels,
 ) -> Array:
-    B, T, N, H = q.shape
-    K, C = k.shape[1:3]
-    stacked = pad_axis(stack_heads(q, K).astype(_arithmetic(k)), 2, MIN_ROWS)
-    at = pad_axis(jnp.tile(positions, (1, N // K)), 1, MIN_ROWS)
-
-    def block(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        best, total, out = state
-        keys, values = _take(k, slots, B, i), _take(v, slots, B, i)
-        scores = product("bkmh,bkch->bkmc", stacked, _decode(keys)) * scale
-        if k_scale is not None:
-            scores = scores * _take(k_scale, slots, B, i)[:, :, None]
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        scores = jnp.where(_visible(at, i * BLOCK, window)[:, None], scores, HIDDEN)
-        new = jnp.maximum(best, scores.max(axis=-1))
-        weights, rescale = jnp.exp(scores - new[..., None]), jnp.exp(best - new)
-        total = total * rescale + row_sum(weights)
-        if v_scale is not None:
-            weights = weights * _take(v_scale, slots, B, i)[:, :, None]
-        values = _decode(values)
-        part = product("bkmc,bkch->bkmh", weights.astype(values.dtype), values)
-        return new, total, out * rescale[..., None] + part
-
-    M = stacked.shape[2]
-    state = (jnp.full((B, K, M), HIDDEN), jnp.zeros((B, K, M)), jnp.zeros((B, K, M, H)))
-    _, total, out = jax.lax.fori_loop(*_blocks(positions, C, window), block, state)
-    return unstack_heads((out / total[..., None])[:, :, : N // K * T], T)
+    return _IMPLEMENTATIONS[kernels](
+        q, k, v, k_scale, v_scale, slots, positions, scale=scale, softcap=softcap, window=window
+    )
 
 
-def _blocks(positions: Int[Array, "B T"], capacity: int, window: int | None) -> tuple[Array, Array]:
-    """The range of blocks that some query sees; idle queries see none."""
-    is_real = positions < capacity
-    last = jnp.max(jnp.where(is_real, positions, 0))
-    if window is None:
-        return jnp.zeros((), positions.dtype), last // BLOCK + 1
-    first = jnp.min(jnp.where(is_real, positions, last))
-    return jnp.maximum(first - window + 1, 0) // BLOCK, last // BLOCK + 1
+def _pallas(*arrays: Any, **how: Any) -> Array:
+    from realm_jax.kernels.pallas.attention import attention  # half a second that others need not wait
+
+    return attention(*arrays, **how)
 
 
-def _visible(at: Int[Array, "B M"], first: Int[Array, ""], window: int | None) -> Array:
-    """[B, M, BLOCK]: whether a query at a position sees a position of the block from `first` on."""
-    distance = at[:, :, None] - (first + jnp.arange(BLOCK, dtype=at.dtype))[None, None]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-
-
-def _take(x: Array, slots: Int[Array, "B"] | None, rows: int, block: Int[Array, ""]) -> Array:
-    """[B, K, BLOCK, ...]: a block of each row's slot."""
-    rest = (0,) * (x.ndim - 3)
-    size = (x.shape[1], BLOCK, *x.shape[3:])
-    if slots is None:
-        return jax.lax.dynamic_slice(x, (0, 0, block * BLOCK, *rest), (rows, *size))
-    # slices joined, not a gather: XLA's CPU gather copies number by number
-    parts = [jax.lax.dynamic_slice(x, (slots[b], 0, block * BLOCK, *rest), (1, *size)) for b in range(rows)]
-    return jnp.concatenate(parts)
-
-
-def _arithmetic(k: Array) -> jnp.dtype:
-    """The type in which a cache's numbers are multiplied."""
-    return jnp.dtype(jnp.float32 if k.dtype == jnp.float32 else jnp.bfloat16)
-
-
-def _decode(x: Array) -> Array:
-    """The stored numbers as they are multiplied; int8 codes are exact in bf16."""
-    if x.dtype == jnp.uint16:
-        return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
-    return x.astype(jnp.bfloat16) if x.dtype == jnp.int8 else x
+_IMPLEMENTATIONS = {
+    "reference": reference.cached_attention,
+    "xla": blockwise.attention,
+    "pallas": _pallas,
+    "native": blockwise.attention,  # of what the C++ kernels do not take: they have caches of their own
+}
 
 
 def _forward(
@@ -140,9 +86,14 @@ def _forward(
 
 
 def _backward(
-    scale: float, softcap: float | None, window: int | None, kept: tuple[Any, ...], cotangent: Array
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    kernels: Kernels,
+    kept: tuple[Any, ...],
+    cotangent: Array,
 ) -> tuple[Array | None, ...]:
-    """The gradient of the plain formula: a loop whose length is data has none of its own."""
+    """The gradient of the plain formula: a kernel, or a loop whose length is data, has none of its own."""
     q, k, v, slots, positions = kept
     rows = jnp.arange(q.shape[0], dtype=jnp.int32) if slots is None else slots
     if not jnp.issubdtype(k.dtype, jnp.floating):

@@ -107,6 +107,35 @@ def attention(
     return unstack_heads(out, T)
 
 
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    k: Array,
+    v: Array,
+    k_scale: Array | None,
+    v_scale: Array | None,
+    slots: Array | None,
+    positions: Int[Array, "B T"],
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """As `kernels.attention`: each row's slot is taken out of the cache, and the plain formula follows."""
+    rows = jnp.arange(q.shape[0], dtype=jnp.int32) if slots is None else slots
+    keys, values = decode(k[rows]), decode(v[rows])
+    if k_scale is not None and v_scale is not None:
+        keys = keys.astype(jnp.float32) * k_scale[rows][..., None]
+        values = values.astype(jnp.float32) * v_scale[rows][..., None]
+    return attention(q, keys, values, positions, scale=scale, softcap=softcap, window=window)
+
+
+def decode(x: Array) -> Array:
+    """The numbers of a cache as they are multiplied; int8 codes are exact in bf16."""
+    if x.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x.astype(jnp.bfloat16) if x.dtype == jnp.int8 else x
+
+
 def stack_heads(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K M H"]:
     """The queries that share a kv head, as the rows of one product."""
     B, T, N, H = q.shape
