@@ -34,7 +34,7 @@ FLOORS = {
     },
     4: {f"serving.{name}" for name in ("engine", "registry", "runner", "packing", "stopwatch")},
     5: {"llm", "speculation", "perplexity", "research", "training", "evaluation", "benchmark"}
-    | {f"serving.{name}" for name in ("server", "batch", "bodies", "keys", "metrics")},
+    | {f"serving.{name}" for name in ("server", "batch", "bodies", "answers", "keys", "metrics")},
     6: {"cli", "__main__"},
 }
 WITHIN_A_FLOOR = {
@@ -82,6 +82,9 @@ WITHIN_A_FLOOR = {
     ("serving.transcript", "serving.request"),
     ("serving.batch", "llm"),
     ("serving.batch", "serving.bodies"),
+    ("serving.batch", "serving.answers"),
+    ("serving.answers", "serving.bodies"),
+    *(("serving.server", unit) for unit in ("llm", "serving.bodies", "serving.answers")),
     ("serving.bodies", "llm"),
     ("evaluation", "llm"),
     ("benchmark", "llm"),

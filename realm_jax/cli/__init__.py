@@ -21,6 +21,7 @@ from realm_jax.cli import (
     models,
     perplexity,
     score,
+    serve,
     tokenize,
 )
 from realm_jax.cli import eval as evaluation
@@ -41,6 +42,7 @@ app.command("generate")(command(generate.generate))
 app.command("chat")(command(chat.chat))
 app.command("tokenize")(command(tokenize.tokenize))
 app.command("batch")(command(batch.batch))
+app.command("serve")(command(serve.serve))
 app.command("perplexity")(command(perplexity.perplexity))
 app.command("score")(command(score.score))
 app.command("eval", context_settings={"ignore_unknown_options": True})(command(evaluation.evaluate))

@@ -43,7 +43,7 @@ class Request:
     priority: a smaller one is let in first (vLLM's meaning). timeout: seconds from its arrival after which
     it ends with what it has. score_from: the first prompt token whose log-probability is wanted, where
     `params.prompt_logprobs` asks for them. adapters: names, and what each one's change is multiplied by.
-    tenant, adapters: what is computed of prompts is shared only where both agree.
+    tenant, adapters, cache_salt: what is computed of prompts is shared only where all agree.
     """
 
     id: str
@@ -55,11 +55,12 @@ class Request:
     score_from: int = 1
     tenant: str = ""
     adapters: tuple[tuple[str, float], ...] = ()
+    cache_salt: str = ""
     arrival: float = field(default_factory=time.perf_counter)
 
     @property
-    def owner(self) -> tuple[str, tuple[tuple[str, float], ...]]:
-        return self.tenant, self.adapters
+    def owner(self) -> tuple[str, str, tuple[tuple[str, float], ...]]:
+        return self.tenant, self.cache_salt, self.adapters
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -194,13 +195,17 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What one step added to a sample; `output` is set with the last one."""
+    """What one step added to a sample; `output` is set with the last one.
+
+    logprobs: of these tokens, None where not wanted.
+    """
 
     request_id: str
     sample_index: int
     text: str
     token_ids: list[int]
     output: GenerationOutput | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(eq=False)

@@ -76,13 +76,14 @@ class Transcript:
 
     def delta(self, text: str, tokens: list[int]) -> TextDelta:
         """These tokens' share of the output, with the whole output if the sequence has ended."""
-        request = self.sequence.request
+        request, known = self.sequence.request, self._logprobs
+        mine = None if known is None else known[len(known) - len(tokens) :]
         if self.sequence.finish_reason is None:
-            return TextDelta(request.id, self.sequence.sample_index, text, tokens)
+            return TextDelta(request.id, self.sequence.sample_index, text, tokens, None, mine)
         text += self._text.finish()
         if self.met_stop_string:  # even where its last token was the last allowed
             self.sequence.finish_reason = FinishReason.STOP
-        return TextDelta(request.id, self.sequence.sample_index, text, tokens, self._output())
+        return TextDelta(request.id, self.sequence.sample_index, text, tokens, self._output(), mine)
 
     def _output(self) -> GenerationOutput:
         sequence, request = self.sequence, self.sequence.request

@@ -1,0 +1,113 @@
+"""`realm serve`: the model over HTTP, as OpenAI's API."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from realm_jax.cli import options
+from realm_jax.errors import RequestError, UnsupportedError
+
+if TYPE_CHECKING:
+    from realm_jax.llm import LLM
+
+
+def serve(
+    *,
+    host: Annotated[str, typer.Option("--host", help="Where to listen.", metavar="HOST")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", help="0 = any that is free.", metavar="N", min=0, max=65535)
+    ] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--served-model-name",
+            help="What requests call the model; repeatable, the first is shown.  [default: the model's name]",
+            metavar="NAME",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen where others can reach it, without keys.")
+    ] = False,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(
+            "--drain-timeout", help="Seconds that requests may still run after Ctrl-C.", metavar="X", min=0
+        ),
+    ] = 30.0,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Write prompts into the log, too.")
+    ] = False,
+    warmup: Annotated[
+        bool, typer.Option("--warmup/--no-warmup", help="Compile everything before the first request.")
+    ] = True,
+    max_num_seqs: Annotated[
+        int, typer.Option("--max-num-seqs", help="Sequences that run at once.", metavar="N")
+    ] = 16,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", help="Sequences that may wait; more are refused.", metavar="N")
+    ] = 256,
+    max_loras: Annotated[
+        int, typer.Option("--max-loras", help="Adapters on the device at once.", metavar="N")
+    ] = 8,
+    max_lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--max-lora-rank", help="Make room for this rank.  [default: the adapters']", metavar="N"
+        ),
+    ] = None,
+    engine: options.EngineFlags,
+) -> None:
+    """Serve the model over HTTP: /v1/chat/completions, /v1/completions, /v1/models and others.
+
+    The address is printed when requests are served; the log is JSON on stderr. Ctrl-C lets running requests
+    end; a second one does not. Adapters of --lora NAME=PATH are chosen by `model`.
+
+    Example: realm serve -m model.gguf --port 8000
+    """
+    try:
+        from realm_jax.serving.server.logs import start_logging
+        from realm_jax.serving.server.process import RealmServer, Settings
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(f"realm serve needs {error.name}: pip install 'realm-jax[server]'") from error
+
+    names = tuple(served_model_name or [_name_of(engine.model)])
+    settings = Settings(names, host, port, insecure, drain_timeout, log_prompts)
+    start_logging()
+    config: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs,
+        "max_queue": max_queue,
+        "max_loras": max_loras,
+        "max_lora_rank": max_lora_rank,
+    }
+
+    def ready(address: str) -> None:
+        print(address, flush=True)
+
+    server = RealmServer(settings, lambda: _load(engine, names, config, warmup), ready)
+    if not server.run_to_end():  # it was still loading, which nothing can interrupt
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _load(engine: options.EngineFlags, names: tuple[str, ...], config: dict[str, Any], warmup: bool) -> "LLM":
+    """The model, ready to serve; on the engine's thread."""
+    from realm_jax.cli.session import open_model
+    from realm_jax.serving.server.logs import LoggedProgress, event
+
+    llm = open_model(engine, LoggedProgress(), names_adapters=True, **config)
+    if taken := sorted(set(names) & llm.engine.adapters.named.keys()):
+        raise RequestError(f"--lora {taken[0]}=...: the model has this name; choose another")
+    if warmup:
+        event("warmed up", programs=llm.engine.warmup())
+    return llm
+
+
+def _name_of(reference: str | None) -> str:
+    """What a model is called: a file without its folders and ending, a reference as it is."""
+    from realm_jax.hub.references import DEFAULT_MODEL
+
+    path = Path(reference or DEFAULT_MODEL)
+    return path.stem if path.suffix == ".gguf" and ":" not in str(path) else str(path)

@@ -1,0 +1,29 @@
+"""The application: which path is answered by what."""
+
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
+
+from realm_jax.serving.bodies import CHAT, COMPLETIONS
+from realm_jax.serving.server import generation, pages
+from realm_jax.serving.server.gate import Gate
+from realm_jax.serving.server.service import Service
+
+ROUTES = (
+    Route(COMPLETIONS, generation.completions, methods=["POST"]),
+    Route(CHAT, generation.chat_completions, methods=["POST"]),
+    Route("/tokenize", pages.tokenize, methods=["POST"]),
+    Route("/detokenize", pages.detokenize, methods=["POST"]),
+    Route("/apply-template", pages.apply_template, methods=["POST"]),
+    Route("/v1/models", pages.models),
+    Route("/v1/models/{name:path}", pages.model),
+    Route("/props", pages.props),
+    Route("/health", pages.health),
+    Route("/metrics", pages.prometheus),
+    Route("/version", pages.version),
+    Route("/openapi.json", pages.openapi),
+)
+
+
+def build_app(service: Service) -> ASGIApp:
+    """The application over a service."""
+    return Gate(Router(ROUTES, redirect_slashes=False), service)
