@@ -1,5 +1,6 @@
 """The server says what `LLM.generate` says, to any number of clients, in OpenAI's form."""
 
+import asyncio
 import json
 import random
 from collections.abc import Iterator
@@ -161,7 +162,7 @@ def test_chat_is_chat_with_logprobs_usage_and_bytes(llm: LLM, client: OpenAI) ->
     assert params.n == len(whole.choices)
 
 
-def test_prompts_of_every_form_and_echo(llm: LLM, client: OpenAI) -> None:
+def test_prompts_of_every_form_and_echo(server: RealmServer, llm: LLM, client: OpenAI) -> None:
     ids = llm.prompt_ids("a b c")
     forms: list[Any] = ["a b c", ids, ["a b c", "a b c"], [ids, ids]]
     for form in forms:
@@ -177,7 +178,8 @@ def test_prompts_of_every_form_and_echo(llm: LLM, client: OpenAI) -> None:
     )
     assert echo.choices[0].text == "a b c" + plain.choices[0].text
     logprobs = echo.choices[0].logprobs
-    score = llm.generate([ids], SamplingParams(max_tokens=3, temperature=0, prompt_logprobs=1, logprobs=1))[0]
+    asked = SamplingParams(max_tokens=3, temperature=0, prompt_logprobs=1, logprobs=1)
+    (score,) = asyncio.run(server.engine.call(lambda llm: llm.generate([ids], asked)))
     assert logprobs is not None and logprobs.token_logprobs is not None
     known = [None if each is None else each["logprob"] for each in score.prompt_logprobs or ()]
     assert logprobs.token_logprobs == known + [each["logprob"] for each in score.logprobs or ()]
@@ -204,7 +206,7 @@ def test_a_slow_reader_holds_back_only_itself(server: RealmServer, client: OpenA
     """Its request ends although nobody reads; what it missed comes in fewer, larger pieces, and whole."""
     ended = metric(server.address, 'request_success_total{finished_reason="length"')
     body = {"prompt": "a", "n": 4, "stream": True, "logprobs": 20, "seed": 3, **LONG}
-    slow = raw_post(server.address, COMPLETIONS, body, receive_buffer=4096)
+    slow = raw_post(server.address, COMPLETIONS, body, receive_buffer=1 << 16)
     wait_for(lambda: metric(server.address, "num_requests_running") == 4)
     assert client.completions.create(model="tiny", prompt="b", max_tokens=2).choices[0].text is not None
     wait_for(lambda: metric(server.address, 'request_success_total{finished_reason="length"') >= ended + 4)
@@ -346,7 +348,8 @@ def test_silence_is_filled_with_pings(server: RealmServer) -> None:
     waiting = raw_post(server.address, COMPLETIONS, {"prompt": "b", "max_tokens": 2, "stream": True})
     data = b""
     while b": ping\n\n" not in data:
-        assert (part := waiting.recv(4096)), data
+        part = waiting.recv(4096)
+        assert part, data
         data += part
     held.close()
     assert read_events(waiting)

@@ -1,7 +1,6 @@
 """Work for a client that may leave, and streams of events to one."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -40,14 +39,15 @@ async def _left(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events, each sent as soon as it is there; None sends a comment that keeps the way open.
 
-    events: closed when all are sent, the client has left, or takes nothing for too long.
+    events: texts of one line. close: called with "done", "left" or "stalled": all were sent, the client has
+    gone, or it takes nothing any more.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        events: AsyncIterator[dict[str, Any] | None],
+        events: AsyncIterator[str | None],
         limits: Limits,
         close: Callable[[str], None],
     ) -> None:
@@ -71,7 +71,7 @@ class EventStream(Response):
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         await self._within(send(start))
         async for event in self._events:
-            text = ": ping\n\n" if event is None else f"data: {json.dumps(event, separators=(',', ':'))}\n\n"
+            text = ": ping\n\n" if event is None else f"data: {event}\n\n"
             await self._within(send(_body(text, more=True)))
         await self._within(send(_body("data: [DONE]\n\n", more=False)))
 

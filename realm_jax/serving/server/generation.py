@@ -1,5 +1,6 @@
 """/v1/completions and /v1/chat/completions: a job's outputs as one answer, or as a stream of chunks."""
 
+import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,9 @@ from realm_jax.serving.server.reading import read_body
 from realm_jax.serving.server.service import Service, note, service_of
 from realm_jax.serving.server.tenancy import find_tenant
 from realm_jax.serving.server.ticket import Ticket
+
+SMALL = 64  # tokens of a chunk that is made on the event loop
+COMPACT = (",", ":")
 
 
 async def completions(request: Request) -> Response:
@@ -96,26 +100,28 @@ def _usage(outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
 
 async def _chunks(
     service: Service, job: Job, ticket: Ticket, llm: LLM, outputs: list[GenerationOutput]
-) -> AsyncIterator[dict[str, Any] | None]:
-    """The chunks of a job, None after silence; `outputs` grows by each sample that ends."""
-    head = _head(job, "chat.completion.chunk" if job.url == CHAT else "text_completion")
-    head |= {"usage": None} if job.include_usage else {}
+) -> AsyncIterator[str | None]:
+    """The chunks of a job as JSON, None after silence; `outputs` grows by each sample that ends."""
     pieces = Pieces(job, llm)
     while not ticket.is_done:
         try:
             deltas = await ticket.take(service.limits.ping_seconds)
         except Exception as error:  # the answer has begun: its status cannot change any more
-            yield api_error(error).body
+            yield json.dumps(api_error(error).body)
             return
         if not deltas:
             yield None
         for delta in deltas:
             if delta.output is not None:
                 outputs.append(delta.output)
-            if (choice := pieces.choice(delta)) is not None:
-                yield head | {"choices": [choice]}
+            if len(delta.token_ids) > SMALL:  # what a slow reader has missed
+                chunk = await service.off_loop(pieces.chunk, delta)
+            else:
+                chunk = pieces.chunk(delta)
+            if chunk is not None:
+                yield chunk
     if job.include_usage:
-        yield head | {"choices": [], "usage": _usage(outputs)}
+        yield json.dumps(pieces.head | {"choices": [], "usage": _usage(outputs)}, separators=COMPACT)
 
 
 class Pieces:
@@ -125,9 +131,11 @@ class Pieces:
         self._job, self._tokenizer = job, llm.tokenizer
         self._places = {request.id: i for i, request in enumerate(job.requests)}
         self._offsets: dict[int, int] = {}  # of choices that have begun
+        self.head = _head(job, "chat.completion.chunk" if job.url == CHAT else "text_completion")
+        self.head |= {"usage": None} if job.include_usage else {}
 
-    def choice(self, delta: TextDelta) -> dict[str, Any] | None:
-        """What the delta adds to its choice; None if that is nothing to be seen."""
+    def chunk(self, delta: TextDelta) -> str | None:
+        """What the delta adds to its choice, as JSON; None if that is nothing to be seen."""
         if not delta.text and not delta.logprobs and delta.output is None:
             return None
         place = self._places[delta.request_id]
@@ -145,4 +153,4 @@ class Pieces:
             offset=self._offsets.get(index, 0),
             is_first=is_first,
         )
-        return choice
+        return json.dumps(self.head | {"choices": [choice]}, separators=COMPACT)

@@ -1,0 +1,131 @@
+"""`realm serve` as a process: loads while it listens, answers, drains, and says what it was told wrongly."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from command_line import ROOT, environment, realm
+from openai import OpenAI
+from running_server import PATIENCE, metric, post, raw_post, read_events, running, wait_for
+
+from realm_jax import LLM, SamplingParams
+from realm_jax.serving.bodies import CHAT, COMPLETIONS
+from realm_jax.serving.server import process
+
+SYSTEM = {"role": "system", "content": "You answer in one short sentence."}
+QUESTION = {"role": "user", "content": "What is the capital of France?"}
+
+
+class Served:
+    """A running `realm serve`."""
+
+    def __init__(self, *arguments: object) -> None:
+        command = [sys.executable, "-m", "realm_jax", "serve", "--port", "0", *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.events: list[dict[str, object]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.events.append(json.loads(line))
+
+    def event(self, name: str) -> dict[str, object]:
+        """The first event of this name, once it is there."""
+        wait_for(lambda: self.process.poll() is not None or any(e["event"] == name for e in self.events))
+        return next(e for e in self.events if e["event"] == name)
+
+    def end(self) -> int:
+        """The exit code; all of the log has been read."""
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code
+
+
+@pytest.fixture
+def served(default_model: Path) -> Iterator[Served]:
+    served = Served("-m", default_model, "--ctx-size", 256, "--max-num-seqs", 2, "--no-warmup")
+    yield served
+    served.process.kill()
+    served.process.communicate()
+
+
+@pytest.mark.slow
+def test_the_default_model_is_served_from_loading_to_draining(served: Served) -> None:
+    address = str(served.event("listening")["address"])
+    early = httpx.get(f"{address}/health", timeout=PATIENCE)
+    if early.status_code != 200:  # else it has loaded already
+        assert early.status_code == 503 and early.json() == {"status": "loading"}
+    assert served.process.stdout is not None
+    assert served.process.stdout.readline() == f"{address}\n"
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+
+    with OpenAI(base_url=f"{address}/v1", api_key="none", timeout=PATIENCE) as client:
+        model = client.models.list().data[0].id
+        asked = {"model": model, "messages": [SYSTEM, QUESTION], "temperature": 0, "max_tokens": 40}
+        whole = client.chat.completions.create(**asked).choices[0].message.content
+        pieces = [
+            c.choices[0].delta.content or "" for c in client.chat.completions.create(**asked, stream=True)
+        ]
+    assert whole is not None and "Paris" in whole
+    assert "".join(pieces) == whole and len(pieces) > 3
+
+    running = raw_post(address, CHAT, {**asked, "stream": True, "max_tokens": 100, "ignore_eos": True})
+    wait_for(lambda: metric(address, "num_requests_running") == 1)
+    served.process.send_signal(signal.SIGTERM)
+    served.event("draining")
+    late = post(address, CHAT, asked)
+    assert late.status_code == 503 and late.headers["retry-after"]
+    *_, last = read_events(running)
+    running.close()
+    assert last["choices"][0]["finish_reason"] == "length", "a running request was cut off"
+    assert served.end() == 0
+    assert "France" not in json.dumps(served.events)
+    request = next(e for e in served.events if e["event"] == "request" and e["path"] == CHAT)
+    assert request["status"] == 200 and request["completion_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "0.0.0.0"], ["0.0.0.0", "--insecure"]),
+        (["--host", "nowhere.invalid"], ["nowhere.invalid"]),
+        (["-m", "/nowhere.gguf"], ["/nowhere.gguf"]),
+        (["--port", "99999"], ["99999"]),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(arguments: list[str], words: list[str]) -> None:
+    done = realm("serve", "--port", "0", *arguments)
+    assert done.code in (1, 2)
+    assert all(word in done.error for word in words)
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    taken = process.listen("127.0.0.1", 0, insecure=False)
+    port = taken.getsockname()[1]
+    done = realm("serve", "--port", port)
+    taken.close()
+    assert done.code == 2 and str(port) in done.error
+
+
+def test_what_outlasts_the_drain_ends_with_what_it_has(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, max_num_seqs=2, ctx_size=2048)
+    llm.generate("a", SamplingParams(max_tokens=2))
+    with running(llm, drain_seconds=0.0) as server:
+        body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True, "n": 2}
+        stream = raw_post(server.address, COMPLETIONS, body)
+        wait_for(lambda: metric(server.address, "num_requests_running") == 2)
+        server.drain()
+        ends = [event["choices"][0]["finish_reason"] for event in read_events(stream)]
+        stream.close()
+        assert [end for end in ends if end is not None] == ["abort", "abort"]
+    assert not llm.engine.has_work
