@@ -42,7 +42,7 @@ class Settings:
 
 
 class RealmServer(uvicorn.Server):
-    """A server of one model. `run` returns when it has drained.
+    """A server of one model, which listens from the start; `run_to_end` serves until it has drained.
 
     on_ready: called with the address when requests are served, on the engine's thread.
     """
@@ -51,7 +51,7 @@ class RealmServer(uvicorn.Server):
         self, settings: Settings, load: Callable[[], LLM], on_ready: Callable[[str], None] = lambda _: None
     ) -> None:
         self._settings, self._on_ready = settings, on_ready
-        self._socket = listen(settings.host, settings.port, insecure=settings.insecure)
+        self.listener = listen(settings.host, settings.port, insecure=settings.insecure)
         metrics = Metrics(settings.names[0])
         self.engine = EngineThread(load, metrics, on_ready=self._ready, on_failure=self._load_failed)
         self.service = Service(
@@ -87,7 +87,7 @@ class RealmServer(uvicorn.Server):
     @property
     def address(self) -> str:
         """Where it listens."""
-        host, port = self._socket.getsockname()[:2]
+        host, port = self.listener.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run_to_end(self) -> bool:
@@ -95,9 +95,9 @@ class RealmServer(uvicorn.Server):
         address = self.address
         event("listening", address=address, status="loading")
         try:
-            self.run(sockets=[self._socket])
+            self.run(sockets=[self.listener])
         finally:
-            self._socket.close()
+            self.listener.close()
             self.service.close()
             has_ended = self.engine.stop()
         event("stopped", address=address)
