@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jax.numpy as jnp
+import numpy as np
 import openai
 import pytest
+from bad_bodies import BAD
 from openai import OpenAI
 from running_server import PATIENCE, metric, post, raw_post, read_events, running, wait_for
 
 from realm_jax import LLM, SamplingParams
 from realm_jax.llm import GenerationOutput
-from realm_jax.serving.bodies import CHAT, COMPLETIONS, known_fields
+from realm_jax.model import hidden_states
+from realm_jax.serving.bodies import COMPLETIONS, known_fields
 from realm_jax.serving.server.jobs import KINDS, TRANSPORT
 from realm_jax.serving.server.limits import Limits
 from realm_jax.serving.server.process import RealmServer
@@ -227,55 +231,6 @@ def test_a_slow_reader_holds_back_only_itself(server: RealmServer, client: OpenA
     assert len(events) < 2 * tokens
 
 
-BAD: list[tuple[str, Any, int, str | None]] = [
-    (COMPLETIONS, b"no json", 400, None),
-    (COMPLETIONS, b"[1]", 400, None),
-    (COMPLETIONS, b'{"prompt": NaN}', 400, None),
-    (COMPLETIONS, b'{"prompt": ' + b"[" * 100 + b"]" * 100 + b"}", 400, None),
-    (COMPLETIONS, b'{"metadata": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, None),
-    (COMPLETIONS, b'{"prompt": "' + b"a" * (1 << 20) + b'"}', 413, None),
-    (COMPLETIONS, {}, 400, "prompt"),
-    (COMPLETIONS, {"prompt": []}, 400, "prompt"),
-    (COMPLETIONS, {"prompt": [[1], "a"] * 5}, 400, "prompt"),
-    (COMPLETIONS, {"prompt": [[1], "a", 2]}, 400, "prompt"),
-    (COMPLETIONS, {"prompt": "a " * 3000}, 400, "prompt"),
-    (COMPLETIONS, {"prompt": [99999]}, 400, "prompt"),
-    (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, 400, "temperature"),
-    (COMPLETIONS, {"prompt": "a", "temperature": -1}, 400, "temperature"),
-    (COMPLETIONS, {"prompt": "a", "n": 5}, 400, "n"),
-    (COMPLETIONS, {"prompt": "a", "best_of": 2}, 400, "best_of"),
-    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
-    (COMPLETIONS, {"prompt": "a", "surprise": 1}, 400, "surprise"),
-    (COMPLETIONS, {"prompt": "a", "stop": ["a"] * 65}, 400, "stop"),
-    (COMPLETIONS, {"prompt": "a", "stop": ["\ud800"], "model": "\ud800"}, 404, "model"),
-    (COMPLETIONS, {"prompt": "\ud800"}, 400, None),
-    (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options"),
-    (COMPLETIONS, {"prompt": "a", "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x"),
-    (COMPLETIONS, {"prompt": "a", "model": "gpt-4"}, 404, "model"),
-    (COMPLETIONS, {"prompt": "a", "lora": "nobody"}, 400, None),
-    (COMPLETIONS, {"prompt": "a", "priority": -1}, 400, "priority"),
-    (CHAT, {}, 400, "messages"),
-    (CHAT, {"messages": []}, 400, "messages"),
-    (CHAT, {"messages": [{"role": "user"}]}, 400, "messages"),
-    (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [1]}, 400, "tools"),
-    (
-        CHAT,
-        {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}},
-        400,
-        "response_format",
-    ),
-    (
-        CHAT,
-        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"messages": []}},
-        400,
-        "chat_template_kwargs",
-    ),
-    ("/tokenize", {}, 400, None),
-    ("/detokenize", {"tokens": [1, "a", "b"]}, 400, "tokens.1"),
-    ("/nothing", {}, 404, None),
-]
-
-
 @pytest.mark.parametrize(("path", "body", "status", "param"), BAD)
 def test_a_bad_body_is_an_error_that_names_the_field(
     server: RealmServer, path: str, body: Any, status: int, param: str | None
@@ -311,6 +266,23 @@ def test_a_full_queue_is_said_and_harms_nobody(server: RealmServer, client: Open
     more.close()
     wait_for(lambda: metric(server.address, "num_requests_waiting") == 0)
     client.completions.create(model="tiny", prompt="b", max_tokens=1)
+
+
+def test_an_embedding_is_the_mean_of_hidden_states(server: RealmServer, llm: LLM, client: OpenAI) -> None:
+    """In any company, and in both forms: OpenAI's client asks for base64 where it is not told."""
+    texts = ["a b c " * 40, "d", "e f g"]
+    answer = client.embeddings.create(model="tiny", input=texts)
+    found = np.array([each.embedding for each in answer.data], np.float32)
+    for text, row in zip(texts, found, strict=True):
+        ids = llm.prompt_ids(text)
+        tokens, positions = jnp.array([ids]), jnp.arange(len(ids))[None]
+        caches = llm.transformer.empty_caches(1, 512, llm.model.numerics)
+        hidden, _ = hidden_states(llm.transformer, llm.model.params, tokens, positions, caches, None)
+        mean = np.asarray(hidden[0], np.float32).mean(axis=0)
+        assert np.dot(row, mean / np.linalg.norm(mean)) > 0.999
+        alone = post(server.address, "/v1/embeddings", {"input": ids}).json()
+        assert np.array_equal(np.array(alone["data"][0]["embedding"], np.float32), row)
+        assert alone["usage"] == {"prompt_tokens": len(ids), "total_tokens": len(ids)}
 
 
 def test_small_routes(server: RealmServer, client: OpenAI, llm: LLM) -> None:

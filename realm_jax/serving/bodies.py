@@ -146,13 +146,13 @@ def _params(is_chat: bool, body: Mapping[str, Any]) -> SamplingParams:
     return SamplingParams(**given)
 
 
-def checked_prompt(value: object) -> str | list[int]:
+def checked_prompt(value: object, name: str = "prompt") -> str | list[int]:
     """The prompt. Raises RequestError for what is neither text nor token ids."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(type(token) is int for token in value):
         return value
-    raise RequestError("prompt must be a string or a list of token ids")
+    raise RequestError(f"{name} must be a string or a list of token ids")
 
 
 def _messages(value: object) -> list[dict[str, Any]]:

@@ -43,7 +43,8 @@ class Request:
     priority: a smaller one is let in first (vLLM's meaning). timeout: seconds from its arrival after which
     it ends with what it has. score_from: the first prompt token whose log-probability is wanted, where
     `params.prompt_logprobs` asks for them. adapters: names, and what each one's change is multiplied by.
-    tenant, adapters, cache_salt: what is computed of prompts is shared only where all agree.
+    tenant, adapters, cache_salt: what is computed of prompts is shared only where all agree. embeds: the
+    output has the prompt's embedding.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Request:
     tenant: str = ""
     adapters: tuple[tuple[str, float], ...] = ()
     cache_salt: str = ""
+    embeds: bool = False
     arrival: float = field(default_factory=time.perf_counter)
 
     @property
@@ -69,7 +71,7 @@ class Request:
     @property
     def reusable(self) -> int:
         """Leading prompt tokens that need not be computed if they were before: what follows is needed."""
-        last = len(self.prompt_ids) - 1
+        last = 0 if self.embeds else len(self.prompt_ids) - 1
         return last if self.params.prompt_logprobs is None else min(last, max(self.score_from - 1, 0))
 
 
@@ -114,6 +116,21 @@ def each_adapters(given: Adapters | Rows[Adapters], count: int) -> list[tuple[tu
     if len(given) != count:
         raise RequestError(f"lora has {len(given)} entries for {count} prompts; give one, or one each")
     return [chosen_adapters(each) for each in given]  # pyright: ignore[reportArgumentType]: one each
+
+
+def leaders_first(requests: Rows[Request], slots: int) -> list[Request]:
+    """One request of each group that shares all its reusable tiles, before the others of these groups.
+
+    What the first computes is there when the others come; few groups at a time, because it stays in the
+    slots only until these are taken.
+    """
+    groups: dict[tuple[int, ...], list[Request]] = {}
+    for request in requests:
+        shared = request.prompt_ids[: request.reusable // TILE * TILE]
+        groups.setdefault(shared, []).append(request)
+    ordered, at_a_time = [groups[shared] for shared in sorted(groups)], max(slots // 2, 1)
+    some = [ordered[i : i + at_a_time] for i in range(0, len(ordered), at_a_time)]
+    return [r for part in some for r in [*(g[0] for g in part), *(r for g in part for r in g[1:])]]
 
 
 @dataclass(frozen=True)
@@ -178,7 +195,11 @@ class DraftMetrics:
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """One finished sample of a request."""
+    """One finished sample of a request.
+
+    embedding: the mean of the prompt's last hidden states, of length 1; None where not wanted, or the
+    sequence ended before its prompt was computed.
+    """
 
     request_id: str
     sample_index: int
@@ -191,6 +212,7 @@ class GenerationOutput:
     seed: int
     usage: Usage
     metrics: RequestMetrics
+    embedding: list[float] | None = None
 
 
 @dataclass(frozen=True)

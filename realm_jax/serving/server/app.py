@@ -4,13 +4,14 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from realm_jax.serving.bodies import CHAT, COMPLETIONS
-from realm_jax.serving.server import generation, pages
+from realm_jax.serving.server import embeddings, generation, pages
 from realm_jax.serving.server.gate import Gate
 from realm_jax.serving.server.service import Service
 
 ROUTES = (
     Route(COMPLETIONS, generation.completions, methods=["POST"]),
     Route(CHAT, generation.chat_completions, methods=["POST"]),
+    Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
     Route("/tokenize", pages.tokenize, methods=["POST"]),
     Route("/detokenize", pages.detokenize, methods=["POST"]),
     Route("/apply-template", pages.apply_template, methods=["POST"]),

@@ -81,12 +81,10 @@ def read_job(url: str, raw: bytes, llm: LLM, names: ModelNames, limits: Limits, 
 
 def _tasks(url: str, given: dict[str, Any], limits: Limits) -> tuple[Task, ...]:
     """One task for each prompt; a conversation is one."""
-    if url == CHAT or not _is_many(given["prompt"]):
+    if url == CHAT:
         tasks = (bodies.read_body(url, given),)
     else:
-        prompts = given["prompt"]
-        if len(prompts) > limits.prompts:
-            raise RequestError(f"prompt has {len(prompts):,} prompts; the limit is {limits.prompts:,}")
+        prompts = prompts_of(given["prompt"], "prompt", limits)
         first = bodies.read_body(url, given | {"prompt": prompts[0]})
         tasks = (first, *(replace(first, prompt=bodies.checked_prompt(p)) for p in prompts[1:]))
     n = tasks[0].params.n
@@ -99,8 +97,13 @@ def _tasks(url: str, given: dict[str, Any], limits: Limits) -> tuple[Task, ...]:
     return tasks
 
 
-def _is_many(prompt: object) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+def prompts_of(given: object, name: str, limits: Limits) -> list[Any]:
+    """The prompts of a field, which may hold one or a list of them. Raises RequestError for too many."""
+    if not isinstance(given, list) or not given or not isinstance(given[0], str | list):
+        return [given]
+    if len(given) > limits.prompts:
+        raise RequestError(f"{name} has {len(given):,} entries; the limit is {limits.prompts:,}")
+    return given
 
 
 def _check_transport(body: GenerationBody, task: Task, stream: bool) -> None:

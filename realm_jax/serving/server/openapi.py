@@ -12,6 +12,7 @@ from realm_jax.serving.server.schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    EmbeddingBody,
     TemplateBody,
     TokenizeBody,
 )
@@ -19,6 +20,7 @@ from realm_jax.serving.server.schemas import (
 POSTS: dict[str, tuple[type[Body], str]] = {
     COMPLETIONS: (CompletionBody, "Texts that continue prompts."),
     CHAT: (ChatBody, "Answers to a conversation."),
+    "/v1/embeddings": (EmbeddingBody, "Means of the hidden states of texts, of length 1."),
     "/tokenize": (TokenizeBody, "The tokens of a text or a conversation."),
     "/detokenize": (DetokenizeBody, "The text of tokens."),
     "/apply-template": (TemplateBody, "The text that the chat template makes of a conversation."),

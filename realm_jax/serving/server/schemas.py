@@ -4,7 +4,7 @@ Types and names are checked here, ranges by `SamplingParams` and contents by `bo
 first error: a hostile one would have millions.
 """
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, WithJsonSchema
 
@@ -99,6 +99,17 @@ class ChatBody(GenerationBody):
     )
 
 
+class EmbeddingBody(Body):
+    """The body of /v1/embeddings."""
+
+    model: str | None = None
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Refused = None
+    cache_salt: Annotated[Any, Field(description="Ignored: nothing is reused.")] = None
+    user: str | None = Field(None, description="Ignored.")
+
+
 class TokenizeBody(Body):
     """The body of /tokenize: a text, or a conversation."""
 
@@ -128,6 +139,7 @@ class TemplateBody(Body):
 FIELDS = {
     "/v1/completions": frozenset(CompletionBody.model_fields),
     "/v1/chat/completions": frozenset(ChatBody.model_fields),
+    "/v1/embeddings": frozenset(EmbeddingBody.model_fields),
     "/tokenize": frozenset(TokenizeBody.model_fields),
     "/apply-template": frozenset(TemplateBody.model_fields),
 }
