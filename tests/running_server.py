@@ -20,7 +20,8 @@ PATIENCE = 120.0  # seconds: other processes may have the machine
 def running(llm: LLM, **settings: Any) -> Iterator[RealmServer]:
     """The server, ready; it has drained when the block ends, unless it did before."""
     ready = threading.Event()
-    server = RealmServer(Settings(("tiny", "alias"), port=0, **settings), lambda: llm, lambda _: ready.set())
+    asked = Settings(**{"names": ("tiny", "alias"), "port": 0} | settings)
+    server = RealmServer(asked, lambda: llm, lambda _: ready.set())
     thread = threading.Thread(target=server.run_to_end)
     thread.start()
     try:

@@ -1,12 +1,14 @@
 """The application: which path is answered by what."""
 
-from starlette.routing import Route, Router
+from starlette.routing import Route, Router, WebSocketRoute
 from starlette.types import ASGIApp
 
 from realm_jax.serving.bodies import CHAT, COMPLETIONS
 from realm_jax.serving.server import embeddings, generation, pages
 from realm_jax.serving.server.gate import Gate
+from realm_jax.serving.server.page import page
 from realm_jax.serving.server.service import Service
+from realm_jax.serving.server.websocket import websocket
 
 ROUTES = (
     Route(COMPLETIONS, generation.completions, methods=["POST"]),
@@ -22,6 +24,10 @@ ROUTES = (
     Route("/metrics", pages.prometheus),
     Route("/version", pages.version),
     Route("/openapi.json", pages.openapi),
+    WebSocketRoute("/ws", websocket),
+    Route("/", page),
+    Route("/page.css", page),
+    Route("/page.js", page),
 )
 
 

@@ -3,10 +3,12 @@
 import re
 import secrets
 import time
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from realm_jax.serving.server.connection import LEFT, ClientLeft
 from realm_jax.serving.server.errors import ApiError, Unavailable, api_error
@@ -27,10 +29,10 @@ class Gate:
         self.service = service  # where `service_of` finds it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         scope["app"] = self
+        if scope["type"] == "websocket":
+            await self._let_in(scope, receive, send)
+            return
         visit = _Visit(scope, send)
         counts = scope["path"] not in QUIET
         self.service.active += counts
@@ -47,6 +49,21 @@ class Gate:
             self.service.active -= counts
             if counts:
                 event("request", **visit.line())
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A WebSocket, unless it may not come in: its handshake is answered with the error then."""
+        visit = _Visit(scope, send)
+        try:
+            self._check_host(visit.headers)
+            _check_origin(visit.headers)
+            if self.service.is_draining:
+                raise Unavailable("the server is shutting down; try another one")
+            await self._app(scope, receive, send)
+        except Exception as error:
+            answer = visit.no_route(error) if isinstance(error, HTTPException) else api_error(error)
+            if answer.code == "internal":
+                failed("a connection failed", error, request_id=visit.id)
+            await WebSocketClose(reason=str(answer)[:100])(scope, receive, send)
 
     def _check_host(self, headers: Headers) -> None:
         hosts = self.service.hosts
@@ -66,6 +83,13 @@ class Gate:
             failed("a request failed", error, request_id=visit.id)
         if visit.status is None:
             await answer.response()(scope, receive, visit.send)
+
+
+def _check_origin(headers: Headers) -> None:
+    """A page of another site, which a browser lets connect to anything, is refused."""
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+        raise ApiError(403, f"origin is {origin[:100]!r}, another site", code="origin_refused")
 
 
 class _Visit:
@@ -90,7 +114,7 @@ class _Visit:
 
     def no_route(self, error: HTTPException) -> ApiError:
         """There is no such path, or not with this method."""
-        what = f"{self._scope['method']} {self._scope['path'][:100]}"
+        what = f"{self._scope.get('method', 'WebSocket')} {self._scope['path'][:100]}"
         message = f"there is no {what}; GET /openapi.json lists what there is"
         return ApiError(error.status_code, message, code="not_found", headers=dict(error.headers or {}))
 

@@ -49,8 +49,13 @@ class Job:
 
 
 def read_job(url: str, raw: bytes, llm: LLM, names: ModelNames, limits: Limits, tenant: Tenant) -> Job:
+    """The job of a body's bytes. Raises as `job_of`, and ApiError for what is no JSON."""
+    return job_of(url, parsed(raw, limits), llm, names, limits, tenant)
+
+
+def job_of(url: str, value: Any, llm: LLM, names: ModelNames, limits: Limits, tenant: Tenant) -> Job:
     """The job of a body. Raises ApiError, RequestError or UnsupportedError that name the field."""
-    body = checked(KINDS[url], parsed(raw, limits))
+    body = checked(KINDS[url], value)
     given = body.model_dump(exclude_unset=True)
     adapters = llm.engine.adapters.named
     model = names.resolve(body.model, adapters)

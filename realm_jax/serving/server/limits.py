@@ -12,7 +12,7 @@ class Limits:
     body_seconds: within which a body must have come. prompts: in one body. sequences: prompts times n.
     logprobs: log-probabilities in one answer, of all tokens and their alternatives.
     ping_seconds: silence in a stream after which a comment is sent. write_seconds: how long a reader may
-    take nothing.
+    take nothing. calls: that run at once on one WebSocket.
     """
 
     body_bytes: int = 4 << 20
@@ -25,6 +25,7 @@ class Limits:
     ping_seconds: float = 15.0
     write_seconds: float = 120.0
     connections: int = 1024
+    calls: int = 64
     header_bytes: int = 32 << 10
     idle_seconds: int = 30
 

@@ -95,12 +95,16 @@ async def _answer(request: Request, kind: type[B], work: Any) -> Response:
 
 async def props(request: Request) -> Response:
     """Facts of the model and the run."""
-    service = service_of(request)
+    return JSON(facts(service_of(request)))
+
+
+def facts(service: Service) -> dict[str, Any]:
+    """What /props says."""
     llm = service.require_llm()
     tokenizer, config = llm.tokenizer, llm.model.config
     ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     numerics, template = llm.model.numerics, llm.model.template
-    facts = {
+    found = {
         "model": service.names.shown,
         "architecture": config.architecture,
         "ctx_size": llm.model.context,
@@ -114,7 +118,7 @@ async def props(request: Request) -> Response:
         "version": __version__,
     }
     texts = {key: None if id is None else tokenizer.token_text(id) for key, id in ends.items()}
-    return JSON(facts | texts)
+    return found | texts
 
 
 async def health(request: Request) -> Response:

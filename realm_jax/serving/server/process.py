@@ -70,7 +70,8 @@ class RealmServer(uvicorn.Server):
             uvicorn.Config(
                 build_app(self.service),
                 http=functools.partial(PunctualHTTP, seconds=limits.idle_seconds),  # pyright: ignore[reportArgumentType]
-                ws="none",
+                ws="websockets-sansio",  # the one that waits for a client that reads slowly
+                ws_max_size=limits.body_bytes,
                 loop="asyncio",
                 lifespan="off",
                 log_config=None,
