@@ -2,17 +2,15 @@
 
 import json
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from command_line import ROOT, environment, realm
+from command_line import realm
 from openai import OpenAI
 from running_server import PATIENCE, metric, post, raw_post, read_events, running, wait_for
+from served_process import Served
 
 from realm_jax import LLM, SamplingParams
 from realm_jax.serving.bodies import CHAT, COMPLETIONS
@@ -20,35 +18,6 @@ from realm_jax.serving.server import process
 
 SYSTEM = {"role": "system", "content": "You answer in one short sentence."}
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
-
-
-class Served:
-    """A running `realm serve`."""
-
-    def __init__(self, *arguments: object) -> None:
-        command = [sys.executable, "-m", "realm_jax", "serve", "--port", "0", *map(str, arguments)]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.events: list[dict[str, object]] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.events.append(json.loads(line))
-
-    def event(self, name: str) -> dict[str, object]:
-        """The first event of this name, once it is there."""
-        wait_for(lambda: self.process.poll() is not None or any(e["event"] == name for e in self.events))
-        return next(e for e in self.events if e["event"] == name)
-
-    def end(self) -> int:
-        """The exit code; all of the log has been read."""
-        code = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
-        return code
 
 
 @pytest.fixture

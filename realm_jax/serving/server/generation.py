@@ -135,7 +135,12 @@ class Pieces:
         self.head |= {"usage": None} if job.include_usage else {}
 
     def chunk(self, delta: TextDelta) -> str | None:
-        """What the delta adds to its choice, as JSON; None if that is nothing to be seen."""
+        """The chunk of what the delta adds, as JSON; None if that is nothing to be seen."""
+        choice = self.choice(delta)
+        return None if choice is None else json.dumps(self.head | {"choices": [choice]}, separators=COMPACT)
+
+    def choice(self, delta: TextDelta) -> dict[str, Any] | None:
+        """What the delta adds to its choice; None if that is nothing to be seen."""
         if not delta.text and not delta.logprobs and delta.output is None:
             return None
         place = self._places[delta.request_id]
@@ -153,4 +158,4 @@ class Pieces:
             offset=self._offsets.get(index, 0),
             is_first=is_first,
         )
-        return json.dumps(self.head | {"choices": [choice]}, separators=COMPACT)
+        return choice

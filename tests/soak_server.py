@@ -2,7 +2,8 @@
 
 Streams come and go for a while: most read to the end, some disconnect, read slowly, send bad JSON, bodies
 that are too large, or a wrong key. Beside them /health is asked twenty times a second. At the end nothing may
-run or wait, and every stream that was accepted must have ended exactly once.
+run or wait, and every stream that was accepted must have ended exactly once. Without --url a server of the
+default model is started, and its memory is watched.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
+from served_process import Served
 
 WORDS = "river stone lamp winter bread music letter garden engine cloud silver".split()  # noqa: SIM905
 HEALTH_EVERY_S = 0.05
@@ -50,16 +53,17 @@ class Client:
 
     async def run(self, until: float) -> None:
         """Requests one after another."""
-        kinds: list[tuple[int, Callable[[], Awaitable[None]]]] = [
-            (60, self._read_all),
-            (12, self._disconnect),
-            (8, self._read_slowly),
-            (8, self._bad_json),
-            (6, self._too_large),
-            (6, self._bad_value),
-        ] + [(6, self._wrong_key)] * bool(self._headers)
+        kinds: dict[Callable[[], Awaitable[None]], int] = {
+            self._read_all: 60,
+            self._disconnect: 12,
+            self._read_slowly: 8,
+            self._bad_json: 8,
+            self._too_large: 6,
+            self._bad_value: 6,
+            self._wrong_key: 6 * bool(self._headers),
+        }
         while time.monotonic() < until:
-            (kind,) = self._random.choices([kind for _, kind in kinds], [weight for weight, _ in kinds])
+            (kind,) = self._random.choices(list(kinds), list(kinds.values()))
             await kind()
 
     def _body(self, **more: Any) -> dict[str, Any]:
@@ -122,30 +126,30 @@ class Client:
     async def _read_slowly(self) -> None:
         await self._stream("read slowly", pause=0.1)
 
-    async def _refused(self, name: str, status: int, **request: Any) -> None:
-        response = await self._http.post("/v1/chat/completions", **({"headers": self._headers} | request))
+    async def _refused(self, name: str, status: int, content: bytes, key: str | None = None) -> None:
+        headers = {"Content-Type": "application/json"} | self._headers
+        headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
+        response = await self._http.post("/v1/chat/completions", content=content, headers=headers)
         self._report.outcomes[name] += 1
         self._report.expect(response.status_code == status, f"{name}: status {response.status_code}")
         self._report.expect("message" in response.json().get("error", {}), f"{name}: {response.text[:200]}")
 
     async def _bad_json(self) -> None:
-        content = json.dumps(self._body())[: -self._random.randint(1, 40)]
-        headers = self._headers | {"Content-Type": "application/json"}
-        await self._refused("bad JSON", 400, content=content, headers=headers)
+        content = json.dumps(self._body()).encode()
+        await self._refused("bad JSON", 400, content[: -self._random.randint(1, 40)])
 
     async def _too_large(self) -> None:
-        content = b'{"messages": "' + b"x" * (32 << 20) + b'"}'
         try:
-            await self._refused("too large", 413, content=content)
-        except (httpx.WriteError, httpx.RemoteProtocolError):
+            await self._refused("too large", 413, b'{"messages": "' + b"x" * (32 << 20) + b'"}')
+        except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
             self._report.outcomes["too large, cut off"] += 1
 
     async def _bad_value(self) -> None:
-        await self._refused("bad value", 400, json=self._body(temperature="hot"))
+        await self._refused("bad value", 400, json.dumps(self._body(temperature="hot")).encode())
 
     async def _wrong_key(self) -> None:
-        headers = {"Authorization": "Bearer realm-nobody-nothing"}
-        await self._refused("wrong key", 401, json=self._body(), headers=headers)
+        body = json.dumps(self._body()).encode()
+        await self._refused("wrong key", 401, body, key="realm-nobody-nothing")
 
 
 async def ask_health(http: httpx.AsyncClient, report: Report, until: float) -> None:
@@ -205,6 +209,23 @@ async def wait_for_idle(http: httpx.AsyncClient, headers: dict[str, str]) -> flo
         await asyncio.sleep(0.2)
 
 
+def soak(streams: int, seconds: float, *arguments: object) -> dict[str, Any]:
+    """The report of a load on a server of its own, which must end well; memory in MB, after a first load."""
+    served = Served("--max-queue", 4 * streams, "--ctx-size", 1024, *arguments)
+    try:
+        address = served.address()
+        process = psutil.Process(served.process.pid)
+        asyncio.run(drive(address, streams, min(seconds, 5.0), None))
+        before = process.memory_info().rss
+        report = asyncio.run(drive(address, streams, seconds, None))
+        after = process.memory_info().rss
+        served.process.terminate()
+        code = served.end()
+    finally:
+        served.process.kill()
+    return report | {"memory_mb": [round(each / 1e6) for each in (before, after)], "exit_code": code}
+
+
 def percentiles(values: list[float]) -> dict[str, float]:
     """In milliseconds."""
     return {f"p{p}": round(float(np.percentile(values, p)), 1) for p in (50, 90, 99)} if values else {}
@@ -212,12 +233,15 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", help="a running server")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--key", help="an API key; without one, none is sent")
     asked = parser.parse_args()
-    report = asyncio.run(drive(asked.url, asked.streams, asked.seconds, asked.key))
+    if asked.url is None:
+        report = soak(asked.streams, asked.seconds)
+    else:
+        report = asyncio.run(drive(asked.url, asked.streams, asked.seconds, asked.key))
     print(json.dumps(report, indent=1))
     return 1 if report["wrong"] or report["left_running"] else 0
 
