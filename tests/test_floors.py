@@ -23,6 +23,7 @@ FLOORS = {
         f"serving.{name}"
         for name in (
             "scheduler",
+            "fairness",
             "plans",
             "slots",
             "adapters",
@@ -57,6 +58,8 @@ WITHIN_A_FLOOR = {
     ("model", "layers"),
     ("weights", "architectures"),
     ("serving.scheduler", "serving.request"),
+    ("serving.scheduler", "serving.fairness"),
+    ("serving.fairness", "serving.request"),
     ("serving.scheduler", "serving.slots"),
     ("serving.scheduler", "serving.plans"),
     ("serving.scheduler", "serving.drafting"),
@@ -78,7 +81,6 @@ WITHIN_A_FLOOR = {
     ("perplexity", "llm"),
     ("buckets", "config"),
     ("cache", "kernels"),
-    ("serving.scheduler", "serving.tenants"),
     ("serving.transcript", "serving.request"),
     ("serving.batch", "llm"),
     ("serving.batch", "serving.bodies"),

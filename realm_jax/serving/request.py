@@ -43,7 +43,8 @@ class Request:
     priority: a smaller one is let in first (vLLM's meaning). timeout: seconds from its arrival after which
     it ends with what it has. score_from: the first prompt token whose log-probability is wanted, where
     `params.prompt_logprobs` asks for them. adapters: names, and what each one's change is multiplied by.
-    tenant, adapters: what is computed of prompts is shared only where both agree.
+    tenant, adapters: what is computed of prompts is shared only where both agree. weight: the tenant's share
+    of the engine is to the others' as this, where they wait, too.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Request:
     timeout: float | None = None
     score_from: int = 1
     tenant: str = ""
+    weight: float = 1.0
     adapters: tuple[tuple[str, float], ...] = ()
     arrival: float = field(default_factory=time.perf_counter)
 
