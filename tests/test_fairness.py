@@ -13,7 +13,7 @@ from realm_jax.buckets import Buckets
 from realm_jax.config import EngineConfig
 from realm_jax.errors import CapacityError, RequestError
 from realm_jax.params import SamplingParams
-from realm_jax.serving.fairness import KEPT, LINGER, OUTPUT_COST
+from realm_jax.serving.fairness import KEPT, LINGER, OUTPUT_COST, FairQueue
 from realm_jax.serving.plans import Decode, Prefill
 from realm_jax.serving.request import FinishReason, Request, Sequence
 from realm_jax.serving.scheduler import Scheduler
@@ -183,6 +183,28 @@ def test_no_slot_is_free_while_somebody_waits_but_the_few_that_are_kept(data: st
         assert run.clock < 20_000, "starves"
 
 
+def test_kept_slots_are_for_those_below_their_share():
+    """B's is taken at once, although all that are free are kept for others."""
+    run = Run()
+    for tenant in "CDB":
+        run.add(tenant, prompt=10, output=1)
+    run.calls(10)
+    run.add("A", 100, output=200)
+    run.calls(30)
+    assert run.running("A") == SLOTS - SLOTS // KEPT
+    assert run.latency(prompt=10, output=10) < 30
+
+
+def test_who_comes_anew_stands_with_the_last_of_those_who_wait():
+    queue, params = FairQueue(1), SamplingParams(max_tokens=1)
+    a, b, c = (Sequence(Request(n, (1,), params, seed=0, tenant=n), 0, 1) for n in "abc")
+    queue.push(a)
+    queue.push(b)
+    queue.charge(b, output=1000)
+    queue.push(c)
+    assert list(queue.candidates()) == [a, c, b]
+
+
 def test_a_kept_slot_is_given_up():
     run = Run()
     run.latency(prompt=10, output=1)
@@ -208,6 +230,9 @@ def test_what_does_not_fit_lets_others_pass_but_not_for_ever():
     run.calls(250)
     assert run.scheduler.queue._accounts["A"].passed == SLOTS
     assert run.running("B") == 0  # those after the sixteenth wait with it
+    while run.scheduler.queue._accounts["A"].waiting:
+        run.call()
+    assert run.scheduler.queue._accounts["A"].passed == 0
     run.calls(2000)
     assert not run.scheduler.has_work
 

@@ -35,7 +35,7 @@ FLOORS = {
     },
     4: {f"serving.{name}" for name in ("engine", "registry", "runner", "packing", "stopwatch")},
     5: {"llm", "speculation", "perplexity", "research", "training", "evaluation", "benchmark"}
-    | {f"serving.{name}" for name in ("server", "batch", "bodies", "keys", "metrics")},
+    | {f"serving.{name}" for name in ("server", "serve_config", "batch", "bodies", "keys", "metrics")},
     6: {"cli", "__main__"},
 }
 WITHIN_A_FLOOR = {
