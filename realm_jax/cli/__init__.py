@@ -22,6 +22,7 @@ from realm_jax.cli import (
     perplexity,
     score,
     serve,
+    serve_keys,
     tokenize,
 )
 from realm_jax.cli import eval as evaluation
@@ -51,6 +52,9 @@ app.command("inspect")(command(inspect.inspect))
 app.command("doctor")(command(doctor.doctor))
 app.add_typer(models.app, name="models")
 app.add_typer(lora.app, name="lora")
+serve = typer.Typer(help="Serve models to tenants.", rich_markup_mode=None)
+serve.add_typer(serve_keys.app, name="keys")
+app.add_typer(serve, name="serve")
 
 
 def _version(wanted: bool) -> bool:

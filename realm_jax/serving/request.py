@@ -43,8 +43,9 @@ class Request:
     priority: a smaller one is let in first (vLLM's meaning). timeout: seconds from its arrival after which
     it ends with what it has. score_from: the first prompt token whose log-probability is wanted, where
     `params.prompt_logprobs` asks for them. adapters: names, and what each one's change is multiplied by.
-    tenant, adapters, cache_salt: what is computed of prompts is shared only where all agree. embeds: the
-    output has the prompt's embedding.
+    tenant, adapters, cache_salt: what is computed of prompts is shared only where all agree. weight: the
+    tenant's share of the engine is to the others' as this, where they wait, too. embeds: the output has the
+    prompt's embedding.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Request:
     timeout: float | None = None
     score_from: int = 1
     tenant: str = ""
+    weight: float = 1.0
     adapters: tuple[tuple[str, float], ...] = ()
     cache_salt: str = ""
     embeds: bool = False
