@@ -103,6 +103,8 @@ class EngineThread:
     def stop(self, seconds: float = 10.0) -> bool:
         """All requests have ended; whether the thread has, too, in so many seconds."""
         self._is_stopping = True
+        if self._thread.ident is None:  # it never began
+            return True
         self._inbox.put(_Stop())
         self._thread.join(seconds)
         return not self._thread.is_alive()
