@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from realm_jax import LLM
+from realm_jax import LLM, SamplingParams
 from realm_jax.serving.server.process import RealmServer, Settings
 
 PATIENCE = 120.0  # seconds: other processes may have the machine
@@ -76,3 +76,21 @@ def read_events(connection: socket.socket) -> list[dict[str, Any]]:
     lines = [line[6:] for line in data.decode().splitlines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
+
+
+def body_of(params: SamplingParams) -> dict[str, Any]:
+    """The parameters as a body has them: those that are not the default."""
+    given = {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
+    default = SamplingParams()
+    body = {name: value for name, value in given.items() if value != getattr(default, name)}
+    if "logit_bias" in body:
+        body["logit_bias"] = {str(token): value for token, value in body["logit_bias"].items()}
+    return body
+
+
+def split(body: dict[str, Any]) -> dict[str, Any]:
+    """The body as arguments of the official client, which knows OpenAI's fields alone."""
+    more = ("top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens")
+    return {k: v for k, v in body.items() if k not in more} | {
+        "extra_body": {k: v for k, v in body.items() if k in more}
+    }

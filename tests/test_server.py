@@ -16,7 +16,7 @@ import openai
 import pytest
 from bad_bodies import BAD
 from openai import OpenAI
-from running_server import PATIENCE, metric, post, raw_post, read_events, running, wait_for
+from running_server import PATIENCE, body_of, metric, post, raw_post, read_events, running, split, wait_for
 
 from realm_jax import LLM, SamplingParams
 from realm_jax.llm import GenerationOutput
@@ -75,24 +75,6 @@ def server(llm: LLM, expected: object) -> Iterator[RealmServer]:
 def client(server: RealmServer) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
         yield client
-
-
-def body_of(params: SamplingParams) -> dict[str, Any]:
-    """The parameters as a body has them: those that are not the default."""
-    given = {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
-    default = SamplingParams()
-    body = {name: value for name, value in given.items() if value != getattr(default, name)}
-    if "logit_bias" in body:
-        body["logit_bias"] = {str(token): value for token, value in body["logit_bias"].items()}
-    return body
-
-
-def split(body: dict[str, Any]) -> dict[str, Any]:
-    """The body as arguments of the official client, which knows OpenAI's fields alone."""
-    more = ("top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens")
-    return {k: v for k, v in body.items() if k not in more} | {
-        "extra_body": {k: v for k, v in body.items() if k in more}
-    }
 
 
 def streamed(client: OpenAI, prompt: str, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -283,6 +265,20 @@ def test_an_embedding_is_the_mean_of_hidden_states(server: RealmServer, llm: LLM
         alone = post(server.address, "/v1/embeddings", {"input": ids}).json()
         assert np.array_equal(np.array(alone["data"][0]["embedding"], np.float32), row)
         assert alone["usage"] == {"prompt_tokens": len(ids), "total_tokens": len(ids)}
+
+
+def test_a_failed_step_is_an_error_and_the_next_request_runs(
+    server: RealmServer, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"prompt": "a", "max_tokens": 3}
+    for stream in (False, True):
+        with monkeypatch.context() as broken:
+            broken.setattr(llm.engine, "_step", lambda: 1 / 0)
+            answer = post(server.address, COMPLETIONS, body | {"stream": stream})
+        assert answer.status_code == (200 if stream else 500)
+        assert '"code": "internal"' in answer.text or '"code":"internal"' in answer.text
+        assert "division" not in answer.text
+        assert post(server.address, COMPLETIONS, body).status_code == 200
 
 
 def test_small_routes(server: RealmServer, client: OpenAI, llm: LLM) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from served_process import Served
 from realm_jax import LLM, SamplingParams
 from realm_jax.serving.bodies import CHAT, COMPLETIONS
 from realm_jax.serving.server import process
+from realm_jax.serving.server.limits import Limits
 
+HALF_A_BODY = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+HALF_A_BODY += b"Content-Length: 9\r\n\r\n{"
 SYSTEM = {"role": "system", "content": "You answer in one short sentence."}
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
@@ -86,9 +90,31 @@ def test_a_port_in_use_is_one_line() -> None:
     assert done.code == 2 and str(port) in done.error
 
 
-def test_what_outlasts_the_drain_ends_with_what_it_has(tiny_model: Path) -> None:
+@pytest.fixture(scope="module")
+def llm(tiny_model: Path) -> LLM:
     llm = LLM(tiny_model, max_num_seqs=2, ctx_size=2048)
     llm.generate("a", SamplingParams(max_tokens=2))
+    return llm
+
+
+def test_who_does_not_send_or_take_is_cut_off(llm: LLM) -> None:
+    """Half a head, half a body, and an answer that nobody reads."""
+    with running(llm, limits=Limits(idle_seconds=1, body_seconds=0.5, write_seconds=0.5)) as server:
+        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 13)  # connections inherit it
+        place = server.listener.getsockname()
+        for said, answer in ((b"", b""), (b"GET / HT", b""), (HALF_A_BODY, b"HTTP/1.1 408")):
+            with socket.create_connection(place, PATIENCE) as connection:
+                connection.sendall(said)
+                assert connection.recv(12) == answer
+        body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True, "logprobs": 20}
+        stalled = raw_post(server.address, COMPLETIONS, body, receive_buffer=1 << 12)
+        wait_for(lambda: server.service.active == 1)
+        wait_for(lambda: server.service.active == 0)
+        stalled.close()
+        assert metric(server.address, "num_requests_running") == 0
+
+
+def test_what_outlasts_the_drain_ends_with_what_it_has(llm: LLM) -> None:
     with running(llm, drain_seconds=0.0) as server:
         body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True, "n": 2}
         stream = raw_post(server.address, COMPLETIONS, body)

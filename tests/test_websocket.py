@@ -116,7 +116,7 @@ def test_cancel_ends_that_call_alone(server: RealmServer, socket: ClientConnecti
 
 
 def test_facts(socket: ClientConnection):
-    send(socket, "m", "metadata", tenant_id="")
+    send(socket, "m", "metadata", tenant_id="anonymous")
     assert ends(socket, 1)["m"][-1]["data"]["ctx_size"] == 1024
 
 

@@ -22,7 +22,6 @@ from realm_jax.cli import (
     perplexity,
     score,
     serve,
-    serve_keys,
     tokenize,
 )
 from realm_jax.cli import eval as evaluation
@@ -43,7 +42,6 @@ app.command("generate")(command(generate.generate))
 app.command("chat")(command(chat.chat))
 app.command("tokenize")(command(tokenize.tokenize))
 app.command("batch")(command(batch.batch))
-app.command("serve")(command(serve.serve))
 app.command("perplexity")(command(perplexity.perplexity))
 app.command("score")(command(score.score))
 app.command("eval", context_settings={"ignore_unknown_options": True})(command(evaluation.evaluate))
@@ -52,9 +50,7 @@ app.command("inspect")(command(inspect.inspect))
 app.command("doctor")(command(doctor.doctor))
 app.add_typer(models.app, name="models")
 app.add_typer(lora.app, name="lora")
-serve = typer.Typer(help="Serve models to tenants.", rich_markup_mode=None)
-serve.add_typer(serve_keys.app, name="keys")
-app.add_typer(serve, name="serve")
+app.add_typer(serve.app, name="serve")
 
 
 def _version(wanted: bool) -> bool:

@@ -7,15 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from realm_jax.cli import options
+from realm_jax.cli import options, serve_keys
+from realm_jax.cli.flags import command
 from realm_jax.errors import RequestError, UnsupportedError
 
 if TYPE_CHECKING:
     from realm_jax.llm import LLM
+    from realm_jax.serving.server.tenancy import Tenancy
 
 
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(serve_keys.app, name="keys")
+
+
+@app.callback()
+@command
 def serve(
     *,
+    context: typer.Context,
     host: Annotated[str, typer.Option("--host", help="Where to listen.", metavar="HOST")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", help="0 = any that is free.", metavar="N", min=0, max=65535)
@@ -31,6 +40,24 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen where others can reach it, without keys.")
     ] = False,
+    tenants: Annotated[
+        Path | None,
+        typer.Option("--tenants", help="A TOML file of tenants and their limits.", metavar="FILE"),
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys",
+            help="The file of API keys (realm serve keys).  [default: the tenants' file's, or the user's]",
+            metavar="FILE",
+        ),
+    ] = None,
+    lora_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--lora-dir", help="Adapters in this folder may be loaded over HTTP, by admins.", metavar="DIR"
+        ),
+    ] = None,
     drain_timeout: Annotated[
         float,
         typer.Option(
@@ -65,8 +92,12 @@ def serve(
     The address is printed when requests are served; the log is JSON on stderr. Ctrl-C lets running requests
     end; a second one does not. Adapters of --lora NAME=PATH are chosen by `model`.
 
+    As soon as a key was made (realm serve keys create --tenant NAME), everything but /health needs one.
+
     Example: realm serve -m model.gguf --port 8000
     """
+    if context.invoked_subcommand is not None:
+        return
     try:
         from realm_jax.serving.server.logs import start_logging
         from realm_jax.serving.server.process import RealmServer, Settings
@@ -74,7 +105,16 @@ def serve(
         raise UnsupportedError(f"realm serve needs {error.name}: pip install 'realm-jax[server]'") from error
 
     names = tuple(served_model_name or [_name_of(engine.model)])
-    settings = Settings(names, host, port, insecure, drain_timeout, log_prompts)
+    settings = Settings(
+        names,
+        host,
+        port,
+        insecure,
+        drain_timeout,
+        log_prompts,
+        tenancy=_tenancy(tenants, keys),
+        adapter_folder=_folder(lora_dir),
+    )
     start_logging()
     config: dict[str, Any] = {
         "max_num_seqs": max_num_seqs,
@@ -90,6 +130,23 @@ def serve(
     if not server.run_to_end():  # it was still loading, which nothing can interrupt
         sys.stderr.flush()
         os._exit(0)
+
+
+def _tenancy(tenants: Path | None, keys: Path | None) -> "Tenancy":
+    """Who may ask. The file of keys is made if it is missing, so that keys made later count at once."""
+    from realm_jax.serving.keys import KeyStore
+    from realm_jax.serving.serve_config import read_serve_config
+    from realm_jax.serving.server.tenancy import Tenancy
+
+    config = None if tenants is None else read_serve_config(tenants)
+    named = keys or (None if config is None else config.keys)
+    return Tenancy(KeyStore(named or serve_keys.default_keys()), None if config is None else config.tenants)
+
+
+def _folder(path: Path | None) -> Path | None:
+    if path is not None and not path.is_dir():
+        raise RequestError(f"--lora-dir is {path}, which is no folder")
+    return path
 
 
 def _load(engine: options.EngineFlags, names: tuple[str, ...], config: dict[str, Any], warmup: bool) -> "LLM":

@@ -133,6 +133,8 @@ def _params(is_chat: bool, body: Mapping[str, Any]) -> SamplingParams:
             given["max_tokens"] = body["max_completion_tokens"]
         if body.get("logprobs") not in (None, False, True):
             raise RequestError(f"logprobs is {body['logprobs']!r}; it must be true or false")
+        if body.get("top_logprobs") and not body.get("logprobs"):
+            raise RequestError("top_logprobs needs logprobs to be true")
         if body.get("logprobs"):
             given["logprobs"] = body.get("top_logprobs") or 0
     elif body.get("logprobs") is not None:

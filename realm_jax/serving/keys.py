@@ -132,6 +132,12 @@ class KeyStore:
             )
         return NewKey(key, f"realm-{key.id}-{secret}")
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no key was ever made; one that was revoked counts."""
+        with self._lock, self._naming_the_file():
+            return not self._file.execute("SELECT EXISTS(SELECT 1 FROM keys)").fetchone()[0]
+
     def all(self) -> list[ApiKey]:
         """All keys, the oldest first."""
         with self._lock, self._naming_the_file():

@@ -5,6 +5,7 @@ from starlette.types import ASGIApp
 
 from realm_jax.serving.bodies import CHAT, COMPLETIONS
 from realm_jax.serving.server import embeddings, generation, pages
+from realm_jax.serving.server.adapters import load_adapter, unload_adapter
 from realm_jax.serving.server.gate import Gate
 from realm_jax.serving.server.page import page
 from realm_jax.serving.server.service import Service
@@ -17,6 +18,8 @@ ROUTES = (
     Route("/tokenize", pages.tokenize, methods=["POST"]),
     Route("/detokenize", pages.detokenize, methods=["POST"]),
     Route("/apply-template", pages.apply_template, methods=["POST"]),
+    Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]),
+    Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]),
     Route("/v1/models", pages.models),
     Route("/v1/models/{name:path}", pages.model),
     Route("/props", pages.props),

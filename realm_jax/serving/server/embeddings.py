@@ -23,7 +23,8 @@ from realm_jax.serving.server.jobs import prompts_of
 from realm_jax.serving.server.reading import parsed, read_body
 from realm_jax.serving.server.schemas import EmbeddingBody, checked
 from realm_jax.serving.server.service import Service, note, service_of
-from realm_jax.serving.server.tenancy import Tenant, find_tenant
+from realm_jax.serving.server.tenancy import find_tenant, visible
+from realm_jax.serving.tenants import Tenant
 
 
 async def embeddings(request: HTTPRequest) -> Response:
@@ -35,7 +36,7 @@ async def embeddings(request: HTTPRequest) -> Response:
     note(request, model=model, prompt_tokens=sum(len(r.prompt_ids) for r in requests))
 
     async def answer() -> dict[str, Any]:
-        ticket = await service.engine.submit(requests)
+        ticket = await service.submit(requests, tenant)
         try:
             outputs = await ticket.outputs()
         finally:
@@ -48,11 +49,11 @@ async def embeddings(request: HTTPRequest) -> Response:
 def _read(raw: bytes, llm: LLM, service: Service, tenant: Tenant) -> tuple[EmbeddingBody, str, list[Request]]:
     """The body, the name of what answers it, and a request for each text."""
     body = checked(EmbeddingBody, parsed(raw, service.limits))
-    adapters = llm.engine.adapters.named
-    model = service.names.resolve(body.model, adapters)
+    adapters = visible(tenant, llm.engine.adapters.named)
+    model = service.names.resolve(body.model, adapters, tenant)
     if body.dimensions not in (None, llm.model.config.hidden_size):
         raise RequestError(f"dimensions is not {llm.model.config.hidden_size}, which this model has")
-    chosen = chosen_adapters(model if model in adapters else None)
+    chosen = tenant.chosen_adapters(chosen_adapters(model if model in adapters else None) or None)
     id = f"embd-{secrets.token_hex(12)}"
     texts = prompts_of(body.input, "input", service.limits)
     params = SamplingParams(max_tokens=0)
@@ -63,6 +64,7 @@ def _read(raw: bytes, llm: LLM, service: Service, tenant: Tenant) -> tuple[Embed
             params,
             0,
             tenant=tenant.name,
+            weight=tenant.weight,
             adapters=chosen,
             embeds=True,
         )

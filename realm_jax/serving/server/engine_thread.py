@@ -27,7 +27,7 @@ T = TypeVar("T")
 class Observer(Protocol):
     """Who hears what the engine does, on the engine's thread."""
 
-    def on_delta(self, delta: TextDelta) -> None: ...
+    def on_delta(self, delta: TextDelta, tenant: str, adapter: str) -> None: ...
     def on_load(self, running: int, waiting: int) -> None: ...
 
 
@@ -103,6 +103,8 @@ class EngineThread:
     def stop(self, seconds: float = 10.0) -> bool:
         """All requests have ended; whether the thread has, too, in so many seconds."""
         self._is_stopping = True
+        if self._thread.ident is None:  # it never began
+            return True
         self._inbox.put(_Stop())
         self._thread.join(seconds)
         return not self._thread.is_alive()
@@ -222,9 +224,9 @@ class EngineThread:
         """Every ticket has its deltas, and their readers are awake: one call a step for each event loop."""
         touched: dict[int, Ticket] = {}
         for delta in deltas:
-            self._observer.on_delta(delta)
             ticket = self._tickets.get(delta.request_id)
             if ticket is not None:
+                self._observer.on_delta(delta, ticket.tenant, ticket.adapter)
                 touched[id(ticket)] = ticket
                 if ticket.put(delta):
                     del self._tickets[delta.request_id]

@@ -1,11 +1,20 @@
 """Errors as OpenAI's API writes them, and the HTTP status of each of ours."""
 
 import json
+import math
 from typing import Any
 
 from starlette.responses import Response
 
-from realm_jax.errors import CapacityError, RealmError, RequestError, UnsupportedError
+from realm_jax.errors import (
+    AccessError,
+    AuthenticationError,
+    CapacityError,
+    LimitError,
+    ModelFileError,
+    RequestError,
+    UnsupportedError,
+)
 
 MAX_MESSAGE = 600
 RETRY_SECONDS = 1
@@ -58,19 +67,39 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
     match error:
         case ApiError():
             return error
-        case Unavailable():
-            return ApiError(503, str(error), kind="service_unavailable", code="unavailable", retry=5)
-        case CapacityError():
-            return ApiError(
-                503, str(error), kind="service_unavailable", code="overloaded", retry=RETRY_SECONDS
-            )
+        case LimitError():
+            return ApiError(429, str(error), **_LIMITED, retry=max(math.ceil(error.retry_after), 1))
         case RequestError() | UnsupportedError():
-            first = str(error).partition(" ")[0].split("[")[0].split(".")[0].rstrip(":,")
-            param = first if first in fields else None
-            code = "context_length_exceeded" if "the context is" in str(error) else None
-            code = "unsupported" if isinstance(error, UnsupportedError) else code
-            return ApiError(400, str(error), param=param, code=code)
-        case RealmError():
-            return ApiError(500, str(error), kind="server_error", code=type(error).__name__)
-        case _:  # a bug, whose words are for the log and not for strangers
-            return ApiError(500, "the server failed; its log says why", kind="server_error", code="internal")
+            return _bad_request(error, fields)
+    for kind, status, how in _ANSWERS:
+        if isinstance(error, kind):
+            return ApiError(status, str(error), **how)
+    # a bug, or a fault of the server's own files: its words are for the log and not for strangers
+    return ApiError(500, "the server failed; its log says why", kind="server_error", code="internal")
+
+
+def _bad_request(error: Exception, fields: frozenset[str]) -> ApiError:
+    first = str(error).partition(" ")[0].split("[")[0].split(".")[0].rstrip(":,")
+    code = "context_length_exceeded" if "the context is" in str(error) else None
+    code = "unsupported" if isinstance(error, UnsupportedError) else code
+    return ApiError(400, str(error), param=first if first in fields else None, code=code)
+
+
+_LIMITED: dict[str, Any] = {"kind": "rate_limit_error", "code": "rate_limit_exceeded"}
+_BUSY: dict[str, Any] = {"kind": "service_unavailable"}
+_ANSWERS: tuple[tuple[type[Exception], int, dict[str, Any]], ...] = (
+    (Unavailable, 503, _BUSY | {"code": "unavailable", "retry": 5}),
+    (CapacityError, 503, _BUSY | {"code": "overloaded", "retry": RETRY_SECONDS}),
+    (
+        AuthenticationError,
+        401,
+        {
+            "kind": "authentication_error",
+            "code": "invalid_api_key",
+            "headers": {"WWW-Authenticate": "Bearer"},
+        },
+    ),
+    (AccessError, 403, {"kind": "permission_error", "code": "forbidden"}),
+    (ModelFileError, 500, {"kind": "server_error", "code": "model_file"}),
+)
+"""The first that fits counts."""

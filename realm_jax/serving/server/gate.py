@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
@@ -15,10 +16,16 @@ from realm_jax.serving.server.errors import ApiError, Unavailable, api_error
 from realm_jax.serving.server.logs import event, failed
 from realm_jax.serving.server.schemas import FIELDS
 from realm_jax.serving.server.service import Service
+from realm_jax.serving.server.tenancy import key_of
+from realm_jax.serving.tenants import Tenant
 
 SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 QUIET = ("/health", "/metrics")
 """Asked so often that a log of them would hide the rest, and answered to the end."""
+
+
+OPEN = ("/health", "/", "/page.css", "/page.js")
+"""For which nobody needs a key: the page has nothing that is anyone's, and asks for one."""
 
 
 class Gate:
@@ -40,6 +47,8 @@ class Gate:
             self._check_host(visit.headers)
             if self.service.is_draining and counts:
                 raise Unavailable("the server is shutting down; try another one")
+            if scope["path"] not in OPEN:
+                scope["realm.tenant"] = await self._tenant(scope)
             await self._app(scope, receive, visit.send)
         except ClientLeft:
             visit.status = LEFT
@@ -58,12 +67,17 @@ class Gate:
             _check_origin(visit.headers)
             if self.service.is_draining:
                 raise Unavailable("the server is shutting down; try another one")
+            if key_of(HTTPConnection(scope)) is not None:  # otherwise it is told by the first message
+                scope["realm.tenant"] = await self._tenant(scope)
             await self._app(scope, receive, send)
         except Exception as error:
             answer = visit.no_route(error) if isinstance(error, HTTPException) else api_error(error)
             if answer.code == "internal":
                 failed("a connection failed", error, request_id=visit.id)
             await WebSocketClose(reason=str(answer)[:100])(scope, receive, send)
+
+    async def _tenant(self, scope: Scope) -> Tenant:
+        return await self.service.off_loop(self.service.tenancy.tenant_of, key_of(HTTPConnection(scope)))
 
     def _check_host(self, headers: Headers) -> None:
         hosts = self.service.hosts

@@ -19,6 +19,7 @@ from realm_jax.serving.server.reading import read_body
 from realm_jax.serving.server.service import Service, note, service_of
 from realm_jax.serving.server.tenancy import find_tenant
 from realm_jax.serving.server.ticket import Ticket
+from realm_jax.serving.tenants import Tenant
 
 SMALL = 64  # tokens of a chunk that is made on the event loop
 COMPACT = (",", ":")
@@ -44,10 +45,10 @@ async def _generate(request: Request, url: str) -> Response:
     if service.log_prompts:
         note(request, prompts=[t.messages if t.messages is not None else t.prompt for t in job.tasks])
     if job.stream:
-        return await _stream(request, service, job, llm)
+        return await _stream(request, service, job, llm, tenant)
 
     async def answer() -> dict[str, Any]:
-        ticket = await service.engine.submit(job.requests)
+        ticket = await service.submit(job.requests, tenant)
         try:
             outputs = await ticket.outputs()
         finally:
@@ -58,8 +59,8 @@ async def _generate(request: Request, url: str) -> Response:
     return JSON(await while_connected(request.receive, answer()))
 
 
-async def _stream(request: Request, service: Service, job: Job, llm: LLM) -> Response:
-    ticket = await service.engine.submit(job.requests)
+async def _stream(request: Request, service: Service, job: Job, llm: LLM, tenant: Tenant) -> Response:
+    ticket = await service.submit(job.requests, tenant)
     outputs: list[GenerationOutput] = []
 
     def close(how: str) -> None:

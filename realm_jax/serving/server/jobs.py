@@ -11,6 +11,7 @@ from typing import Any
 
 from realm_jax.errors import RequestError
 from realm_jax.llm import LLM
+from realm_jax.params import SamplingParams
 from realm_jax.serving import bodies
 from realm_jax.serving.bodies import CHAT, COMPLETIONS, Task
 from realm_jax.serving.request import Request
@@ -18,7 +19,8 @@ from realm_jax.serving.server.limits import Limits
 from realm_jax.serving.server.naming import ModelNames
 from realm_jax.serving.server.reading import parsed
 from realm_jax.serving.server.schemas import ChatBody, CompletionBody, GenerationBody, checked
-from realm_jax.serving.server.tenancy import Tenant
+from realm_jax.serving.server.tenancy import visible
+from realm_jax.serving.tenants import Tenant
 
 KINDS: dict[str, type[GenerationBody]] = {COMPLETIONS: CompletionBody, CHAT: ChatBody}
 TRANSPORT = ("stream", "stream_options", "priority", "cache_salt")
@@ -57,31 +59,50 @@ def job_of(url: str, value: Any, llm: LLM, names: ModelNames, limits: Limits, te
     """The job of a body. Raises ApiError, RequestError or UnsupportedError that name the field."""
     body = checked(KINDS[url], value)
     given = body.model_dump(exclude_unset=True)
-    adapters = llm.engine.adapters.named
-    model = names.resolve(body.model, adapters)
+    adapters = visible(tenant, llm.engine.adapters.named)
+    model = names.resolve(body.model, adapters, tenant)
     transport = {name: given.pop(name, None) for name in TRANSPORT}
-    tasks = _tasks(url, given, limits)
+    tasks = _tasks(url, _opened(given, tenant), limits)
     stream = bool(body.stream)
     _check_transport(body, tasks[0], stream)
     id = f"{'chatcmpl' if url == CHAT else 'cmpl'}-{secrets.token_hex(12)}"
     requests = []
     for i, task in enumerate(tasks):
         seed = secrets.randbits(32) if task.params.seed is None else task.params.seed
+        prompt = tuple(task.prompt_ids(llm))
         requests.append(
             Request(
                 f"{id}-{i}",
-                tuple(task.prompt_ids(llm)),
-                task.params,
+                prompt,
+                _allowed(task.params, len(prompt), tenant, llm.model.context),
                 seed,
                 priority=transport["priority"] or 0,
                 tenant=tenant.name,
-                adapters=task.adapters(adapters),
+                weight=tenant.weight,
+                adapters=tenant.chosen_adapters(task.adapters(adapters) or None),
                 cache_salt=transport["cache_salt"] or "",
             )
         )
     _check_size(requests, llm.model.context, limits)
     usage = body.stream_options is not None and body.stream_options.include_usage
     return Job(id, model, int(time.time()), tasks, tuple(requests), stream, usage)
+
+
+def _opened(given: dict[str, Any], tenant: Tenant) -> dict[str, Any]:
+    """The body; a chat that brings no system message has the tenant's."""
+    messages = given.get("messages")
+    if tenant.system_prompt is None or not isinstance(messages, list):
+        return given
+    if any(isinstance(message, dict) and message.get("role") == "system" for message in messages):
+        return given
+    return given | {"messages": [{"role": "system", "content": tenant.system_prompt}, *messages]}
+
+
+def _allowed(params: SamplingParams, prompt: int, tenant: Tenant, context: int) -> SamplingParams:
+    """The parameters, within what the tenant may have. Raises RequestError for a request beyond it."""
+    if tenant.max_tokens is tenant.max_context_tokens is tenant.tokens_per_minute is None:
+        return params
+    return replace(params, max_tokens=tenant.new_tokens(prompt, params.max_tokens, context, params.n))
 
 
 def _tasks(url: str, given: dict[str, Any], limits: Limits) -> tuple[Task, ...]:

@@ -14,21 +14,24 @@ from realm_jax.serving.server.errors import JSON, RETRY_SECONDS
 from realm_jax.serving.server.reading import parsed, read_body
 from realm_jax.serving.server.schemas import B, DetokenizeBody, TemplateBody, TokenizeBody, checked
 from realm_jax.serving.server.service import Service, service_of
+from realm_jax.serving.server.tenancy import find_tenant, visible
+from realm_jax.serving.tenants import ANONYMOUS, Tenant
 
 
 async def models(request: Request) -> Response:
     """The model under its names, and the adapters under theirs."""
-    return JSON({"object": "list", "data": _models(service_of(request))})
+    return JSON({"object": "list", "data": _models(service_of(request), find_tenant(request))})
 
 
 async def model(request: Request) -> Response:
     """One of them."""
-    service, name = service_of(request), request.path_params["name"]
-    service.names.resolve(name, service.require_llm().engine.adapters.named)
-    return JSON(next(each for each in _models(service) if each["id"] == name))
+    service, tenant, name = service_of(request), find_tenant(request), request.path_params["name"]
+    found = _models(service, tenant)
+    service.names.resolve(name, [each["id"] for each in found], tenant)
+    return JSON(next(each for each in found if each["id"] == name))
 
 
-def _models(service: Service) -> list[dict[str, Any]]:
+def _models(service: Service, tenant: Tenant) -> list[dict[str, Any]]:
     llm, shown = service.require_llm(), service.names.shown
 
     def entry(name: str, parent: str | None) -> dict[str, Any]:
@@ -42,8 +45,8 @@ def _models(service: Service) -> list[dict[str, Any]]:
             "max_model_len": llm.model.context,
         }
 
-    adapters = [entry(name, shown) for name in list(llm.engine.adapters.named)]
-    return [entry(name, None) for name in service.names.names] + adapters
+    adapters = [entry(name, shown) for name in visible(tenant, llm.engine.adapters.named)]
+    return [entry(name, None) for name in service.names.visible(tenant)] + adapters
 
 
 async def tokenize(request: Request) -> Response:
@@ -81,13 +84,13 @@ def _apply_template(body: TemplateBody, llm: LLM) -> dict[str, Any]:
 
 async def _answer(request: Request, kind: type[B], work: Any) -> Response:
     """What the work makes of a body and the model, off the event loop."""
-    service = service_of(request)
+    service, tenant = service_of(request), find_tenant(request)
     llm = service.require_llm()
     raw = await read_body(request, service.limits)
 
     def answer() -> dict[str, Any]:
         body: Any = checked(kind, parsed(raw, service.limits))
-        service.names.resolve(body.model, llm.engine.adapters.named)
+        service.names.resolve(body.model, visible(tenant, llm.engine.adapters.named), tenant)
         return work(body, llm)
 
     return JSON(await service.off_loop(answer))
@@ -130,8 +133,11 @@ async def health(request: Request) -> Response:
 
 
 async def prometheus(request: Request) -> Response:
-    """The metrics."""
-    return Response(service_of(request).metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
+    """The metrics: all of them for an admin, and where there are no keys; else the tenant's own."""
+    service, tenant = service_of(request), find_tenant(request)
+    sees_all = tenant is ANONYMOUS or tenant.is_admin
+    text = service.metrics.text(None if sees_all else tenant.name)
+    return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
 async def version(request: Request) -> Response:

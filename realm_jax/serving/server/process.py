@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -22,6 +23,7 @@ from realm_jax.serving.server.metrics import Metrics
 from realm_jax.serving.server.naming import ModelNames
 from realm_jax.serving.server.protocol import PunctualHTTP
 from realm_jax.serving.server.service import Service
+from realm_jax.serving.server.tenancy import Tenancy
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 LAST_WORDS = 3.0
@@ -39,6 +41,8 @@ class Settings:
     drain_seconds: float = 30.0
     log_prompts: bool = False
     limits: Limits = field(default_factory=Limits)
+    tenancy: Tenancy = field(default_factory=Tenancy)
+    adapter_folder: Path | None = None
 
 
 class RealmServer(uvicorn.Server):
@@ -51,7 +55,8 @@ class RealmServer(uvicorn.Server):
         self, settings: Settings, load: Callable[[], LLM], on_ready: Callable[[str], None] = lambda _: None
     ) -> None:
         self._settings, self._on_ready = settings, on_ready
-        self.listener = listen(settings.host, settings.port, insecure=settings.insecure)
+        is_open = settings.insecure or settings.tenancy.needs_keys
+        self.listener = listen(settings.host, settings.port, insecure=is_open)
         metrics = Metrics(settings.names[0])
         self.engine = EngineThread(load, metrics, on_ready=self._ready, on_failure=self._load_failed)
         self.service = Service(
@@ -59,7 +64,9 @@ class RealmServer(uvicorn.Server):
             ModelNames(settings.names),
             settings.limits,
             metrics,
-            hosts=None if settings.insecure else LOOPBACK | {settings.host.lower()},
+            tenancy=settings.tenancy,
+            adapter_folder=settings.adapter_folder,
+            hosts=None if is_open else LOOPBACK | {settings.host.lower()},
             log_prompts=settings.log_prompts,
         )
         self._draining: asyncio.Task[None] | None = None
@@ -166,7 +173,7 @@ def listen(host: str, port: int, *, insecure: bool) -> socket.socket:
     if not insecure and not ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback:
         raise RequestError(
             f"--host is {host!r}, which others can reach, and there are no keys: anyone could use this "
-            "server (listen on 127.0.0.1, or allow it with --insecure)"
+            "server (make one: realm serve keys create; or listen on 127.0.0.1, or allow it with --insecure)"
         )
     listener = socket.socket(family, kind, protocol)
     try:

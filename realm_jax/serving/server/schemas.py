@@ -121,6 +121,19 @@ class TokenizeBody(Body):
     return_token_strs: bool = False
 
 
+class LoadAdapterBody(Body):
+    """An adapter to load: a path within the operator's folder."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterBody(Body):
+    """An adapter to unload."""
+
+    lora_name: str
+
+
 class DetokenizeBody(Body):
     """The body of /detokenize."""
 

@@ -26,6 +26,9 @@ class Ticket:
         self._failure: Exception | None = None
         self._news = asyncio.Event()
         self._is_closed = False
+        self.tenant, self.adapter = requests[0].tenant, "+".join(requests[0].adapter_names)
+        self.generated = 0  # tokens, so far
+        self.on_close: Callable[[], None] = lambda: None
 
     @property
     def is_done(self) -> bool:
@@ -71,10 +74,12 @@ class Ticket:
             self._is_closed = True
             if self._left:
                 self._abort(self)
+            self.on_close()
 
     def put(self, delta: TextDelta) -> bool:
         """The delta waits to be taken; whether its request has ended with it. The caller wakes the reader."""
         with self._lock:
+            self.generated += len(delta.token_ids)
             if not self._is_closed:
                 self._pending.setdefault((delta.request_id, delta.sample_index), []).append(delta)
             if delta.output is not None:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from realm_jax.errors import RequestError
+from realm_jax.errors import AccessError, AuthenticationError, RequestError
 from realm_jax.serving.bodies import CHAT, COMPLETIONS
 from realm_jax.serving.request import GenerationOutput
 from realm_jax.serving.server.errors import ApiError, api_error
@@ -34,7 +34,7 @@ from realm_jax.serving.server.pages import facts
 from realm_jax.serving.server.reading import parsed
 from realm_jax.serving.server.schemas import FIELDS
 from realm_jax.serving.server.service import service_of
-from realm_jax.serving.server.tenancy import find_tenant
+from realm_jax.serving.tenants import Tenant
 
 URLS = {"generate": COMPLETIONS, "chat": CHAT}
 FUNCTIONS = (*URLS, "authenticate", "health", "metadata", "cancel")
@@ -66,7 +66,7 @@ class Connection:
 
     def __init__(self, socket: WebSocket) -> None:
         self._socket, self._service = socket, service_of(socket)
-        self._tenant = find_tenant(socket)
+        self._known: Tenant | None = socket.scope.get("realm.tenant")
         self._calls: dict[Id, asyncio.Task[None]] = {}
         self._cancelled: set[Id] = set()  # by the client
         self._sending = asyncio.Lock()
@@ -102,6 +102,11 @@ class Connection:
             value = await self._service.off_loop(parsed, raw, self._service.limits)
             call_id = _id_of(value)
             call = read_call(value)
+            if call.function == "authenticate":
+                await self._authenticate(call)
+                return
+            if self._known is None:
+                self._known = await self._service.off_loop(self._service.tenancy.tenant_of, None)
             self._check(call)
         except Exception as error:
             await self._fail(call_id, error, "")
@@ -124,7 +129,23 @@ class Connection:
         if len(self._calls) >= limits.calls:
             raise ApiError(429, f"{limits.calls} calls run on this connection, the limit", code="overloaded")
         if call.tenant is not None and call.tenant != self._tenant.name:
-            raise ApiError(403, "tenant_id is not that of this connection's key", code="forbidden")
+            raise AccessError("tenant_id is not that of this connection's key")
+
+    @property
+    def _tenant(self) -> Tenant:
+        if self._known is None:
+            raise AuthenticationError(
+                "who asks is not known; the first message must be authenticate, with a key"
+            )
+        return self._known
+
+    async def _authenticate(self, call: Call) -> None:
+        """The connection is that of the key's tenant."""
+        key = call.params.get("key")
+        if not isinstance(key, str):
+            raise RequestError("params must have key, a text")
+        self._known = await self._service.off_loop(self._service.tenancy.tenant_of, key)
+        await self._send(call.id, "complete", {"tenant_id": self._known.name})
 
     async def _cancel(self, call: Call) -> None:
         target: Any = call.params.get("id")
@@ -162,8 +183,6 @@ class Connection:
                 data: dict[str, Any] = {"status": self._service.status}
             case "metadata":
                 data = facts(self._service)
-            case "authenticate":
-                data = {"tenant_id": self._tenant.name}
             case _:
                 data = await self._generate(call)
         await self._send(call.id, "complete", data)
@@ -178,7 +197,7 @@ class Connection:
             raise RequestError(f"stream is {streams!r}; it must be true or false")
         about = (llm, service.names, service.limits, self._tenant)
         job = await service.off_loop(job_of, URLS[call.function], body, *about)
-        ticket = await service.engine.submit(job.requests)
+        ticket = await service.submit(job.requests, self._tenant)
         pieces, outputs = Pieces(job, llm), list[GenerationOutput]()
         try:
             while not ticket.is_done:
