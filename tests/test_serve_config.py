@@ -64,6 +64,9 @@ def test_defaults_hold_where_a_tenant_says_nothing_else(tmp_path: Path):
         ("[tenants.a]\n[tenants.a]", "Cannot declare"),
         ("x = " + "[" * 5000, "nests too deep"),
         ("\n".join(f"[tenants.t{i}]" for i in range(1001)), "tenants has 1,001; the most is 1,000"),
+        ("a." * 500_000 + "a = 1", "has a line of more than 1,000 dots"),
+        ("[tenants.a]\nmax_tokens = " + "9" * 9999, "integer string conversion"),
+        ("[tenants.a]\nmax_tokens = 0x" + "f" * 9999, "max_tokens is a number of thousands of digits; give"),
         ("#" * (MAX_BYTES + 1), "has more than 1,048,576 bytes"),
     ],
 )

@@ -295,7 +295,10 @@ def _check_text(field_name: str, value: object, most: int) -> None:
 
 def _short(value: object) -> str:
     """The value as a message shows it: of a long one the beginning."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
