@@ -48,10 +48,12 @@ def post(address: str, path: str, body: object, **options: Any) -> httpx.Respons
     return httpx.post(f"{address}{path}", content=content, headers=headers, timeout=PATIENCE, **options)
 
 
-def metric(address: str, name: str) -> float:
-    """The sum of a metric's samples whose line begins so."""
+def metric(address: str, name: str, label: str = "") -> float:
+    """The sum of a metric's samples whose line has the label, such as `tenant="ann"`."""
     lines = httpx.get(f"{address}/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"realm:{name}"))
+    return sum(
+        float(line.split()[-1]) for line in lines if line.startswith(f"realm:{name}") and label in line
+    )
 
 
 def raw_post(address: str, path: str, body: object, *, receive_buffer: int | None = None) -> socket.socket:

@@ -42,6 +42,7 @@ FLOORS = {
     6: {"cli", "__main__"},
 }
 WITHIN_A_FLOOR = {
+    ("serving.server", "serving.keys"),
     ("lora", "quant"),
     ("lora", "kernels"),
     ("lora", "nodes"),

@@ -178,21 +178,21 @@ def test_prompts_of_every_form_and_echo(server: RealmServer, llm: LLM, client: O
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slots(server: RealmServer, stream: bool) -> None:
-    aborted = metric(server.address, 'request_success_total{finished_reason="abort"')
+    aborted = metric(server.address, "request_success_total", 'finished_reason="abort"')
     body = {"prompt": "a", "n": 4, "stream": stream, **LONG}
     connection = raw_post(server.address, COMPLETIONS, body)
     wait_for(lambda: metric(server.address, "num_requests_running") == 4)
     connection.close()
     wait_for(lambda: metric(server.address, "num_requests_running") == 0)
-    after = metric(server.address, 'request_success_total{finished_reason="abort"')
+    after = metric(server.address, "request_success_total", 'finished_reason="abort"')
     assert after == aborted + 4
     assert server.service.active == 0
 
 
 def test_a_slow_reader_holds_back_only_itself(server: RealmServer, client: OpenAI) -> None:
     """Its request ends although nobody reads; what it missed comes in fewer, larger pieces, and whole."""
-    name = 'request_success_total{finished_reason="length"'
-    ended, tokens = metric(server.address, name), 500
+    name = "request_success_total", 'finished_reason="length"'
+    ended, tokens = metric(server.address, *name), 500
     body = {"prompt": "a", "n": 4, "stream": True, "logprobs": 20, "seed": 3, **LONG, "max_tokens": tokens}
     buffer = server.listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15)  # connections inherit it
@@ -200,7 +200,7 @@ def test_a_slow_reader_holds_back_only_itself(server: RealmServer, client: OpenA
     wait_for(lambda: metric(server.address, "num_requests_running") == 4)
     server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     client.completions.create(model="tiny", prompt="b", max_tokens=2)
-    wait_for(lambda: metric(server.address, name) >= ended + 5)
+    wait_for(lambda: metric(server.address, *name) >= ended + 5)
     assert server.service.active == 1, "it is still being sent"
     events = read_events(slow)
     slow.close()
