@@ -57,7 +57,7 @@ class Served:
 
 @pytest.fixture
 def served(default_model: Path) -> Iterator[Served]:
-    served = Served("-m", default_model, "--ctx-size", 256, "--max-num-seqs", 2, "--no-warmup")
+    served = Served("-m", default_model, "--ctx-size", 256, "--max-num-seqs", 2)
     yield served
     served.process.kill()
     served.process.communicate()
