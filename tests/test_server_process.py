@@ -26,7 +26,7 @@ QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
 @pytest.fixture
 def served(default_model: Path) -> Iterator[Served]:
-    served = Served("-m", default_model, "--ctx-size", 256, "--max-num-seqs", 2, "--no-warmup")
+    served = Served("-m", default_model, "--ctx-size", 256, "--max-num-seqs", 2)
     yield served
     served.process.kill()
     served.process.communicate()

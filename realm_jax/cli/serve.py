@@ -68,8 +68,9 @@ def serve(
         bool, typer.Option("--log-prompts", help="Write prompts into the log, too.")
     ] = False,
     warmup: Annotated[
-        bool, typer.Option("--warmup/--no-warmup", help="Compile everything before the first request.")
-    ] = True,
+        bool,
+        typer.Option("--warmup", help="Compile everything first, so that no request waits for that."),
+    ] = False,
     max_num_seqs: Annotated[
         int, typer.Option("--max-num-seqs", help="Sequences that run at once.", metavar="N")
     ] = 16,
