@@ -23,6 +23,7 @@ FLOORS = {
         f"serving.{name}"
         for name in (
             "scheduler",
+            "fairness",
             "plans",
             "slots",
             "adapters",
@@ -34,10 +35,14 @@ FLOORS = {
     },
     4: {f"serving.{name}" for name in ("engine", "registry", "runner", "packing", "stopwatch")},
     5: {"llm", "speculation", "perplexity", "research", "training", "evaluation", "benchmark"}
-    | {f"serving.{name}" for name in ("server", "batch", "bodies", "keys", "metrics")},
+    | {
+        f"serving.{name}"
+        for name in ("server", "serve_config", "batch", "bodies", "answers", "keys", "metrics")
+    },
     6: {"cli", "__main__"},
 }
 WITHIN_A_FLOOR = {
+    ("serving.server", "serving.keys"),
     ("lora", "quant"),
     ("lora", "kernels"),
     ("lora", "nodes"),
@@ -57,6 +62,8 @@ WITHIN_A_FLOOR = {
     ("model", "layers"),
     ("weights", "architectures"),
     ("serving.scheduler", "serving.request"),
+    ("serving.scheduler", "serving.fairness"),
+    ("serving.fairness", "serving.request"),
     ("serving.scheduler", "serving.slots"),
     ("serving.scheduler", "serving.plans"),
     ("serving.scheduler", "serving.drafting"),
@@ -78,10 +85,12 @@ WITHIN_A_FLOOR = {
     ("perplexity", "llm"),
     ("buckets", "config"),
     ("cache", "kernels"),
-    ("serving.scheduler", "serving.tenants"),
     ("serving.transcript", "serving.request"),
     ("serving.batch", "llm"),
     ("serving.batch", "serving.bodies"),
+    ("serving.batch", "serving.answers"),
+    ("serving.answers", "serving.bodies"),
+    *(("serving.server", unit) for unit in ("llm", "serving.bodies", "serving.answers")),
     ("serving.bodies", "llm"),
     ("evaluation", "llm"),
     ("benchmark", "llm"),
