@@ -14,7 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from realm_jax.kernels import matmul, rms_norm
 from realm_jax.kernels.int8 import int8_matmul
+from realm_jax.kernels.quantized import quantized_matmul
 from realm_jax.kernels.tiles import TileFormat, tile_rows, tiles_matmul
+from realm_jax.kernels.words import WordFormat, word_rows
 from realm_jax.rope import angles, rotate
 
 
@@ -86,6 +88,28 @@ class Quantized:
     def rows(self, ids: Int[Array, "*lead"]) -> Float[Array, "*lead I"]:
         """The rows of an embedding table, in float32."""
         return tile_rows(self.tiles, self.form, ids)
+
+
+@struct.dataclass
+class Words:
+    """A matrix in GGML's own codes and scales, multiplied in `dtype` by the kernels for GPU and TPU."""
+
+    __array_ufunc__ = None
+
+    words: jax.Array  # int32 [units, height, O]
+    form: WordFormat = struct.field(pytree_node=False)
+    dtype: str = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.form.inputs, self.words.shape[-1]
+
+    def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
+        return quantized_matmul(x, self.words, self.form, dtype=self.dtype, kernels="pallas")
+
+    def rows(self, ids: Int[Array, "*lead"]) -> Float[Array, "*lead I"]:
+        """The rows of an embedding table, in float32."""
+        return word_rows(self.words, self.form, ids)
 
 
 @struct.dataclass

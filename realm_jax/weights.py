@@ -75,7 +75,7 @@ def _numerics_of(p: Parameter, numerics: Numerics) -> Numerics:
     """
     if numerics.weights != "int8":
         return numerics
-    if numerics.kernels == "native":
+    if numerics.kernels in ("native", "pallas"):
         return replace(numerics, weights="quantized") if "router" in p.path else numerics
     is_spared = {"router", "down", "head", "embedding"} & set(p.path)
     return replace(numerics, weights="dense") if is_spared else numerics

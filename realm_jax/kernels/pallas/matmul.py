@@ -1,0 +1,44 @@
+"""The kernel of a device for products by quantized weights, and its block sizes for so many rows.
+
+M rows, I inputs, O outputs.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from realm_jax.kernels.pallas import matmul_gpu, matmul_tpu
+from realm_jax.kernels.pallas.matmul_blocks import FEW_ROWS, sizes
+from realm_jax.kernels.pallas.tuning import Target, target
+from realm_jax.kernels.words import WordFormat
+
+LEAST_ROWS = 16
+"""The fewest rows of a tile, on GPUs for their matrix units, on TPUs for bf16's sublanes."""
+
+
+def matmul(
+    x: Float[Array, "M I"],
+    words: Int32[Array, "units height O"],
+    form: WordFormat,
+    where: Target | None = None,
+) -> Float32[Array, "M O"]:
+    """`x @ weight` in x's type, summed in float32. where: the device; None: that of this process.
+
+    A row's bits depend on that row and the device's block sizes; up to 64 rows, not on how many they are.
+    """
+    where = where or target()
+    M = x.shape[0]
+    blocks = blocks_for(M, x.dtype, where)
+    x = jnp.pad(x, ((0, -M % blocks.rows), (0, form.padded - form.inputs)))
+    kernel = matmul_tpu.matmul if where.platform == "tpu" else matmul_gpu.matmul
+    return kernel(x, words[None], None, form, blocks, interpret=where.interpret)[:M]
+
+
+def blocks_for(rows: int, dtype: jnp.dtype, where: Target) -> Any:
+    """What a program takes at a time."""
+    bucket = f"{'few' if rows <= FEW_ROWS else 'many'}/{jnp.dtype(dtype).name}"
+    found: dict[str, int] = dict(sizes(where.platform, where.kind, bucket))
+    found.setdefault("rows", max(LEAST_ROWS, 1 << (rows - 1).bit_length()))
+    kind = matmul_tpu.Blocks if where.platform == "tpu" else matmul_gpu.Blocks
+    return kind(**found)
