@@ -85,14 +85,14 @@ def _kernel(
     def _() -> None:
         out_ref[...] = jnp.zeros(out_ref.shape, jnp.float32)
 
-    for unit in range(units):
+    @pl.loop(0, units)
+    def _(unit: Array) -> None:
+        for start, weights in unit_weights(
+            form, lambda first, count: words_ref[unit, first : first + count, :]
+        ):
+            rows = pl.ds(pl.multiple_of(unit * form.unit, form.unit) + start, form.run)
+            weights_ref[rows, :] = weights.astype(weights_ref.dtype)
 
-        def words(first: int, count: int, unit: int = unit) -> Array:
-            return words_ref[unit, first : first + count, :]
-
-        for start, weights in unit_weights(form, words):
-            first = unit * form.unit + start
-            weights_ref[first : first + form.run, :] = weights.astype(weights_ref.dtype)
     out_ref[...] += jax.lax.dot_general(
         x_ref[...],
         weights_ref[...],
