@@ -1,6 +1,6 @@
 """What lies in a file -> weight nodes, stored and multiplied as a run's numerics say."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import groupby
@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from realm_jax.config import Numerics, RopeConfig
+from realm_jax.experts import Experts, joined
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.kernels.native.tiling import tile_into
 from realm_jax.kernels.tiles import BLOCK_INPUTS, LANES
@@ -89,6 +90,17 @@ def _node(layout: Layout, parts: list[Stored], numerics: Numerics) -> Kernel:
             return _rounded_blocks(parts, numerics)
         case Layout.CHUNKS:
             return _chunks(parts)
+
+
+def experts(each: Mapping[str, Mapping[str, Kernel]], numerics: Numerics) -> Experts:
+    """The experts of a layer as one node, of "gate_up" and "down" of each by number.
+
+    Stacked for the kernels of GPU and TPU, and for XLA there. On a CPU each stays by itself: its kernels know
+    one matrix, and XLA multiplies groups there by all experts.
+    """
+    is_device = numerics.kernels == "pallas" or jax.default_backend() != "cpu"
+    gate_up, down = (list(each[name].values()) for name in ("gate_up", "down"))
+    return joined(gate_up, down, grouped=is_device)
 
 
 def scale(vector: np.ndarray, numerics: Numerics) -> Scale:

@@ -50,6 +50,9 @@ def load(
         nodes = pool.map(lambda p: _load_parameter(file, p, numerics, progress), present)
         for parameter, node in zip(present, nodes, strict=True):
             _put(params, parameter.path, node)
+    for layer in params.values():
+        if "experts" in (mlp := layer.get("mlp", {}) if isinstance(layer, dict) else {}):
+            mlp["experts"] = projections.experts(mlp["experts"], numerics)
     params.setdefault("head", params["embedding"])  # tied
     return params
 

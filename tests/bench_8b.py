@@ -144,7 +144,7 @@ class Bench:
         return {"test": f"pp{length}", "batch": 1, **_row(length / took, bound / took)}
 
     def decode(self, engine: Engine, batch: int) -> dict[str, Any]:
-        """Steps of so many sequences, as a fraction of the time in which what they read could be read once."""
+        """Steps of so many sequences, as a fraction of the time in which what they read can be read once."""
         given, c = self.given, self.config
         time_generation(engine, self.prompts(batch, given.depth), 2)
         sample = time_generation(engine, self.prompts(batch, given.depth), given.tokens)

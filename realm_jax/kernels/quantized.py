@@ -1,13 +1,13 @@
 """The door to products by quantized weights in words: one meaning, several implementations.
 
-I inputs, O outputs.
+I inputs, O outputs, E experts, T tiles of M rows.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from realm_jax.config import Kernels
 from realm_jax.kernels.words import WordFormat, dequantize_words
@@ -46,6 +46,56 @@ def _pallas(x: Array, words: Array, form: WordFormat, dtype: str) -> Array:
     from realm_jax.kernels.pallas.matmul import matmul  # half a second that others need not wait
 
     return matmul(x.astype(dtype), words, form)
+
+
+def grouped_quantized_matmul(
+    x: Float[Array, "T M I"],
+    words: Int32[Array, "E units height O"],
+    expert: Int[Array, "T"],
+    form: WordFormat,
+    *,
+    dtype: str,
+    kernels: Kernels,
+) -> Float32[Array, "T M O"]:
+    """Each tile of rows times the weight of its expert, as `quantized_matmul`; zero where that is -1."""
+    return _grouped(x.astype(jnp.float32), words, expert, form, dtype, kernels)  # pyright: ignore[reportReturnType]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _grouped(x: Array, words: Array, expert: Array, form: WordFormat, dtype: str, kernels: Kernels) -> Array:
+    if kernels == "pallas":
+        from realm_jax.kernels.pallas.matmul import grouped_matmul
+
+        return grouped_matmul(x.astype(dtype), words, expert, form)
+
+    def one(tile: tuple[Array, Array]) -> Array:
+        rows, e = tile
+        product = _IMPLEMENTATIONS[kernels](rows, words[jnp.maximum(e, 0)], form, dtype)
+        return jnp.where(e < 0, 0.0, product)
+
+    return jax.lax.map(one, (x, expert))
+
+
+def _grouped_forward(
+    x: Array, words: Array, expert: Array, form: WordFormat, dtype: str, kernels: Kernels
+) -> tuple[Array, tuple[Array, Array]]:
+    return _grouped(x, words, expert, form, dtype, kernels), (words, expert)  # pyright: ignore[reportReturnType]
+
+
+def _grouped_backward(
+    form: WordFormat, dtype: str, kernels: Kernels, kept: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, None, None]:
+    words, expert = kept
+
+    def one(tile: tuple[Array, Array]) -> Array:
+        rows, e = tile
+        product = _backward(form, dtype, kernels, words[jnp.maximum(e, 0)], rows)[0]
+        return jnp.where(e < 0, 0.0, product)
+
+    return jax.lax.map(one, (cotangent, expert)), None, None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 _IMPLEMENTATIONS = {"reference": _reference, "xla": _xla, "pallas": _pallas, "native": _xla}

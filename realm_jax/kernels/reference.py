@@ -49,6 +49,26 @@ def matmul(x: Float[Array, "*lead I"], weight: Float[Array, "O I"]) -> Float[Arr
     return y.reshape(*x.shape[:-1], weight.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def grouped_matmul(
+    x: Float[Array, "T M I"], weight: Float[Array, "E O I"], expert: Int[Array, "T"]
+) -> Float[Array, "T M O"]:
+    """`x[t] @ weight[expert[t]].T` in float32, from inputs in the weight's type; experts in ascending order.
+
+    Tiles of expert -1 come last; what stands for them is garbage.
+    """
+    T, M, I = x.shape  # noqa: E741
+    E = weight.shape[0]
+    sizes = M * (expert[:, None] == jnp.arange(E, dtype=expert.dtype)[None]).sum(axis=0, dtype=jnp.int32)
+    y = jax.lax.ragged_dot(
+        x.reshape(T * M, I).astype(weight.dtype),
+        weight.swapaxes(1, 2),
+        sizes,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return y.reshape(T, M, -1)
+
+
 @jax.custom_vjp
 def _matmul(x: Array, weight: Array) -> Array:
     rows = pad_axis(x.astype(weight.dtype), 0, MIN_ROWS)

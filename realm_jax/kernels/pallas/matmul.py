@@ -1,12 +1,13 @@
 """The kernel of a device for products by quantized weights, and its block sizes for so many rows.
 
-M rows, I inputs, O outputs.
+M rows, I inputs, O outputs, E experts, T tiles.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from realm_jax.kernels.pallas import matmul_gpu, matmul_tpu
 from realm_jax.kernels.pallas.matmul_blocks import FEW_ROWS, sizes
@@ -33,6 +34,25 @@ def matmul(
     x = jnp.pad(x, ((0, -M % blocks.rows), (0, form.padded - form.inputs)))
     kernel = matmul_tpu.matmul if where.platform == "tpu" else matmul_gpu.matmul
     return kernel(x, words[None], None, form, blocks, interpret=where.interpret)[:M]
+
+
+def grouped_matmul(
+    x: Float[Array, "T M I"],
+    words: Int32[Array, "E units height O"],
+    expert: Int[Array, "T"],
+    form: WordFormat,
+    where: Target | None = None,
+) -> Float32[Array, "T M O"]:
+    """`x[t] @ weight[expert[t]]`; zero where the expert is -1.
+
+    M: a power of two, 16 at least. Of experts that no tile names nothing is read.
+    """
+    where = where or target()
+    T, M, _ = x.shape
+    blocks = replace(blocks_for(M, x.dtype, where), rows=M)
+    rows = jnp.pad(x.reshape(T * M, -1), ((0, 0), (0, form.padded - form.inputs)))
+    kernel = matmul_tpu.matmul if where.platform == "tpu" else matmul_gpu.matmul
+    return kernel(rows, words, expert, form, blocks, interpret=where.interpret).reshape(T, M, -1)
 
 
 def blocks_for(rows: int, dtype: jnp.dtype, where: Target) -> Any:

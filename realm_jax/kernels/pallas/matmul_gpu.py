@@ -50,7 +50,10 @@ def matmul(
     *,
     interpret: bool,
 ) -> Float32[Array, "M O"]:
-    """`x @ weight` in x's type. expert: by whose weight each tile of rows is multiplied; None: the first."""
+    """`x @ weight` in x's type. expert: by whose weight each tile of rows is multiplied.
+
+    None: the first's; -1: no one's, the result is zero.
+    """
     rows, columns = x.shape[0], words.shape[-1]
     splits = blocks.splits(form, columns)
     parts = pl.pallas_call(
@@ -79,7 +82,8 @@ def _kernel(
     tile, column, split = (pl.program_id(axis) for axis in range(3))
     rows = pl.ds(tile * blocks.rows, blocks.rows)
     columns = pl.ds(column * blocks.outputs, blocks.outputs)
-    expert = jnp.int32(0) if expert_ref is None else expert_ref[tile]
+    chosen = jnp.int32(0) if expert_ref is None else expert_ref[tile]
+    expert = jnp.maximum(chosen, 0)
     places = column * blocks.outputs + jnp.arange(blocks.outputs, dtype=jnp.int32)
     exists = (places < words_ref.shape[-1])[None, :]
 
@@ -93,7 +97,7 @@ def _kernel(
         return total
 
     length = -(-form.units // splits)
-    end = jnp.minimum((split + 1) * length, form.units)
+    end = jnp.where(chosen < 0, 0, jnp.minimum((split + 1) * length, form.units))
     total = jnp.zeros((blocks.rows, blocks.outputs), jnp.float32)
     total = jax.lax.fori_loop(split * length, end, add_unit, total)
     plgpu.store(out_ref.at[split, rows, columns], total, mask=exists)

@@ -42,7 +42,10 @@ def matmul(
     *,
     interpret: bool,
 ) -> Float32[Array, "M O"]:
-    """`x @ weight` in x's type. expert: by whose weight each tile of rows is multiplied; None: the first."""
+    """`x @ weight` in x's type. expert: by whose weight each tile of rows is multiplied.
+
+    None: the first's; -1: no one's, the result is zero.
+    """
     rows, columns = x.shape[0], words.shape[-1]
     units = blocks.units(form)
     tiles = rows // blocks.rows
@@ -54,7 +57,10 @@ def matmul(
         grid=(tiles, -(-columns // outputs), form.units // units),
         in_specs=[
             pl.BlockSpec((blocks.rows, units * form.unit), lambda m, o, i, expert: (m, i)),
-            pl.BlockSpec((None, units, form.height, outputs), lambda m, o, i, expert: (expert[m], i, 0, o)),
+            pl.BlockSpec(
+                (None, units, form.height, outputs),
+                lambda m, o, i, expert: (jnp.maximum(expert[m], 0), i, 0, o),
+            ),
         ],
         out_specs=pl.BlockSpec((blocks.rows, outputs), lambda m, o, i, expert: (m, o)),
         scratch_shapes=[pltpu.VMEM((units * form.unit, outputs), x.dtype)],
@@ -70,7 +76,7 @@ def matmul(
 
 
 def _kernel(
-    expert_ref: Any,  # [tiles], for the index maps
+    expert_ref: Any,  # [tiles]
     x_ref: Any,  # [rows, inputs]
     words_ref: Any,  # [units, height, outputs]
     out_ref: Any,  # [rows, outputs]
@@ -79,11 +85,24 @@ def _kernel(
     form: WordFormat,
     units: int,
 ) -> None:
-    del expert_ref
-
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         out_ref[...] = jnp.zeros(out_ref.shape, jnp.float32)
+
+    @pl.when(expert_ref[pl.program_id(0)] >= 0)
+    def _() -> None:
+        _expand(words_ref, weights_ref, form, units)
+        out_ref[...] += jax.lax.dot_general(
+            x_ref[...],
+            weights_ref[...],
+            (((1,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+
+
+def _expand(words_ref: Any, weights_ref: Any, form: WordFormat, units: int) -> None:
+    """The weights of a step stand in its scratch matrix."""
 
     @pl.loop(0, units)
     def _(unit: Array) -> None:
@@ -92,11 +111,3 @@ def _kernel(
         ):
             rows = pl.ds(pl.multiple_of(unit * form.unit, form.unit) + start, form.run)
             weights_ref[rows, :] = weights.astype(weights_ref.dtype)
-
-    out_ref[...] += jax.lax.dot_general(
-        x_ref[...],
-        weights_ref[...],
-        (((1,), (0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
