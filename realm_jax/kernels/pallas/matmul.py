@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from realm_jax.kernels.pallas import matmul_gpu, matmul_tpu
-from realm_jax.kernels.pallas.matmul_blocks import FEW_ROWS, sizes
-from realm_jax.kernels.pallas.tuning import Target, target
+from realm_jax.kernels.pallas.tuning import Target, sizes, target
 from realm_jax.kernels.words import WordFormat
+
+FEW_ROWS = 64
+"""Up to so many rows a product is bound by memory, and one tile holds them all."""
 
 LEAST_ROWS = 16
 """The fewest rows of a tile, on GPUs for their matrix units, on TPUs for bf16's sublanes."""
@@ -58,7 +60,6 @@ def grouped_matmul(
 def blocks_for(rows: int, dtype: jnp.dtype, where: Target) -> Any:
     """What a program takes at a time."""
     bucket = f"{'few' if rows <= FEW_ROWS else 'many'}/{jnp.dtype(dtype).name}"
-    found: dict[str, int] = dict(sizes(where.platform, where.kind, bucket))
-    found.setdefault("rows", max(LEAST_ROWS, 1 << (rows - 1).bit_length()))
     kind = matmul_tpu.Blocks if where.platform == "tpu" else matmul_gpu.Blocks
-    return kind(**found)
+    blocks = kind(**sizes(f"matmul_{where.platform}", where.kind, bucket))
+    return replace(blocks, rows=min(blocks.rows, max(LEAST_ROWS, 1 << (rows - 1).bit_length())))

@@ -2,7 +2,7 @@
 
 The table is device kind -> kernel -> bucket of shapes -> {name: size}. A device kind is a prefix of what JAX
 calls the device, "" fits any; of several that fit, the longest wins. Buckets are paths, the most special
-part last: what is not found under "prefill/256/bfloat16" is looked up under "prefill/256", then "prefill".
+part last: what is not found under "prefill/bfloat16/64" is looked up under "prefill/bfloat16", and so on.
 `scripts/bench_kernels --write` measures the entries of a device.
 """
 
