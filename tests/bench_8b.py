@@ -159,11 +159,11 @@ class Bench:
         given = self.given
         context = given.depth + given.tokens + 256
         found = [self.prefill()]
-        for sequences in (1, max(given.batch)):
-            engine = self.engine(sequences, context, 512)
-            batches = [b for b in given.batch if (b == 1) == (sequences == 1)]
-            found += [self.decode(engine, batch) for batch in batches]
-            del engine
+        for batches in ([b for b in given.batch if b == 1], [b for b in given.batch if b > 1]):
+            if batches:
+                engine = self.engine(max(batches), context, 512)
+                found += [self.decode(engine, batch) for batch in batches]
+                del engine
         return found
 
 

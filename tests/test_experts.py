@@ -1,6 +1,7 @@
 """Experts in stacked arrays are those same experts one by one, and rows do not notice each other."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from realm_jax.experts import EachExpert, Experts, GroupedExperts, joined, place
 from realm_jax.ggml import GGMLType
 from realm_jax.kernels.pallas.matmul import grouped_matmul
 from realm_jax.kernels.pallas.tuning import Target
+from realm_jax.kernels.words import dequantize_words
 from realm_jax.nodes import Dense, Int8, Kernel, Stacked, Words
 
 E, D, F, USED = 5, 64, 96, 2
@@ -33,18 +35,36 @@ def quantized(rng: np.random.Generator, outputs: int, inputs: int) -> Words:
     return Words(array, form=form, dtype="float32")
 
 
-def mixed(rng: np.random.Generator, outputs: int, inputs: int) -> Kernel:
+def mixed(rng: np.random.Generator, outputs: int, inputs: int) -> Stacked:
     """Parts that are stored apart, as where gate and up have different types."""
     return Stacked((quantized(rng, outputs // 2, inputs), dense(rng, outputs // 2, inputs)))
 
 
-def experts(make: object, *, grouped: bool) -> EachExpert | GroupedExperts:
+Make = Callable[[np.random.Generator, int, int], Dense | Words | Stacked]
+
+
+def expanded(node: Kernel) -> Dense:
+    """The same matrix in float32."""
+    match node:
+        case Words():
+            return Dense(dequantize_words(node.words, node.form).T)
+        case Stacked():
+            return Dense(jnp.concatenate([expanded(part).weight for part in node.parts]))
+    assert isinstance(node, Dense)
+    return node
+
+
+@cache
+def experts(make: Make) -> tuple[GroupedExperts, EachExpert]:
+    """Stacked, and the same one by one as plain matrices."""
     rng = np.random.default_rng(0)
-    gate_up = [make(rng, 2 * F, D) for _ in range(E)]  # pyright: ignore[reportCallIssue]
-    down = [make(rng, D, F) for _ in range(E)]  # pyright: ignore[reportCallIssue]
-    found = joined(gate_up, down, grouped=grouped)
-    assert isinstance(found, GroupedExperts if grouped else EachExpert) and found.shape == (E, D, F)
-    return found  # pyright: ignore[reportReturnType]
+    gate_up = [make(rng, 2 * F, D) for _ in range(E)]
+    down = [make(rng, D, F) for _ in range(E)]
+    stacked = joined(gate_up, down, grouped=True)
+    plain = joined(list(map(expanded, gate_up)), list(map(expanded, down)), grouped=False)
+    assert isinstance(stacked, GroupedExperts) and isinstance(plain, EachExpert)
+    assert stacked.shape == plain.shape == (E, D, F)
+    return stacked, plain
 
 
 def choices(rng: np.random.Generator, *lead: int) -> tuple[jax.Array, jax.Array]:
@@ -62,21 +82,21 @@ def mixed_outputs(node: Experts, x: jax.Array, chosen: jax.Array, share: jax.Arr
 mix = jax.jit(mixed_outputs, compiler_options=QUICK)
 
 
-@pytest.mark.parametrize("make", [dense, quantized, mixed])
-@pytest.mark.parametrize("lead", [(4, 1), (3, 64)])
-def test_stacked_experts_are_the_same_experts(make: object, lead: tuple[int, ...]):
+@pytest.mark.parametrize(
+    ("make", "lead"), [(dense, (4, 1)), (dense, (3, 64)), (quantized, (4, 1)), (mixed, (3, 64))]
+)
+def test_stacked_experts_are_the_same_experts(make: Make, lead: tuple[int, ...]):
     rng = np.random.default_rng(sum(lead))
     x, (chosen, share) = jnp.asarray(normal(rng, *lead, D)), choices(rng, *lead)
-    found = mix(experts(make, grouped=True), x, chosen, share)
-    wanted = mix(experts(make, grouped=False), x, chosen, share)
+    found, wanted = (mix(node, x, chosen, share) for node in experts(make))
     assert found.shape == x.shape
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5 * float(jnp.abs(wanted).max()))
 
 
 @pytest.mark.parametrize("make", [dense, quantized])
-def test_a_row_does_not_notice_the_others(make: object):
+def test_a_row_does_not_notice_the_others(make: Make):
     """Whatever they are and choose, and though an expert that they chose overflows."""
-    rng, node = np.random.default_rng(1), experts(make, grouped=True)
+    rng, node = np.random.default_rng(1), experts(make)[0]
     x, (chosen, share) = normal(rng, 16, 1, D), choices(rng, 16, 1)
     chosen = chosen.at[5].set(jnp.asarray([[0, 1]], jnp.int32))
     alone = np.asarray(mix(node, jnp.asarray(x), chosen, share))[5]
@@ -88,18 +108,17 @@ def test_a_row_does_not_notice_the_others(make: object):
 
 
 @pytest.mark.parametrize("make", [dense, quantized])
-def test_the_gradient_is_that_of_each_expert(make: object):
+def test_the_gradient_is_that_of_each_expert(make: Make):
     rng = np.random.default_rng(2)
     x, (chosen, share) = jnp.asarray(normal(rng, 4, 1, D)), choices(rng, 4, 1)
     pull = jnp.asarray(normal(rng, 4, 1, D))
 
-    @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-    def gradient(grouped: bool) -> jax.Array:
-        node = experts(make, grouped=grouped)
+    @partial(jax.jit, compiler_options=QUICK)
+    def gradient(node: Experts) -> jax.Array:
         return jax.grad(lambda x: (mixed_outputs(node, x, chosen, share) * pull).sum())(x)
 
-    wanted = gradient(False)
-    np.testing.assert_allclose(gradient(True), wanted, rtol=2e-5, atol=2e-5 * float(jnp.abs(wanted).max()))
+    found, wanted = map(gradient, experts(make))
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5 * float(jnp.abs(wanted).max()))
 
 
 def test_every_pair_has_a_place_of_its_own_in_a_tile_of_its_expert():

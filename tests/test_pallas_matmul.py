@@ -52,8 +52,15 @@ def moderate_words(
     return jnp.asarray(words(packed)), word_format(packed), quant.dequantize(data, kind, shape)
 
 
-@by_platform
-@pytest.mark.parametrize("kind", BLOCKS)
+LOWERED = [GGMLType.Q4_K, GGMLType.Q8_0, GGMLType.Q6_K, GGMLType.IQ4_NL, GGMLType.MXFP4]
+"""One of each container, length of run and kind of factor: formats are data to both kernels."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [(kind, INTERPRETED[0]) for kind in BLOCKS] + [(kind, INTERPRETED[1]) for kind in LOWERED],
+    ids=lambda value: getattr(value, "platform", getattr(value, "name", None)),
+)
 def test_the_product_is_of_the_dequantized_weights(kind: GGMLType, where: Target):
     rng = np.random.default_rng(kind)
     array, form, weight = moderate_words(rng, kind, (37, 256))
@@ -126,9 +133,6 @@ def abstract_words(kind: GGMLType, inputs: int, outputs: int) -> tuple[jax.Shape
     assert packed is not None
     form = replace(word_format(packed), inputs=inputs)
     return jax.ShapeDtypeStruct((form.units, form.height, outputs), jnp.int32), form
-
-
-LOWERED = [GGMLType.Q4_K, GGMLType.Q8_0, GGMLType.Q6_K, GGMLType.IQ4_NL, GGMLType.MXFP4]
 
 
 @pytest.mark.parametrize("where", DEVICES, ids=lambda where: where.platform)
