@@ -50,6 +50,9 @@ def load(
         nodes = pool.map(lambda p: _load_parameter(file, p, numerics, progress), present)
         for parameter, node in zip(present, nodes, strict=True):
             _put(params, parameter.path, node)
+    for layer in params.values():
+        if "experts" in (mlp := layer.get("mlp", {}) if isinstance(layer, dict) else {}):
+            mlp["experts"] = projections.experts(mlp["experts"], numerics)
     params.setdefault("head", params["embedding"])  # tied
     return params
 
@@ -75,7 +78,7 @@ def _numerics_of(p: Parameter, numerics: Numerics) -> Numerics:
     """
     if numerics.weights != "int8":
         return numerics
-    if numerics.kernels == "native":
+    if numerics.kernels in ("native", "pallas"):
         return replace(numerics, weights="quantized") if "router" in p.path else numerics
     is_spared = {"router", "down", "head", "embedding"} & set(p.path)
     return replace(numerics, weights="dense") if is_spared else numerics

@@ -15,7 +15,18 @@ ROOT = PACKAGE.parent
 
 FLOORS = {
     0: {"errors", "config", "buckets", "ggml", "params", "serving"},  # serving/__init__.py imports nothing
-    1: {"lora", "quant", "nodes", "native_nodes", "kernels", "rope", "cache", "sampling", "sampling_rows"}
+    1: {
+        "lora",
+        "quant",
+        "nodes",
+        "native_nodes",
+        "experts",
+        "kernels",
+        "rope",
+        "cache",
+        "sampling",
+        "sampling_rows",
+    }
     | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures"},
     3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring"}
@@ -50,6 +61,8 @@ WITHIN_A_FLOOR = {
     ("quant", "kernels"),
     ("nodes", "kernels"),
     ("nodes", "rope"),
+    ("experts", "kernels"),
+    ("experts", "nodes"),
     ("native_nodes", "nodes"),
     ("native_nodes", "kernels"),
     ("runtime", "kernels"),
