@@ -66,6 +66,7 @@ WITHIN_A_FLOOR = {
     ("native_nodes", "nodes"),
     ("native_nodes", "kernels"),
     ("runtime", "kernels"),
+    ("programs", "kernels"),  # the tuning table decides what is compiled
     ("weights", "projections"),
     ("banks", "architectures"),
     ("banks", "weights"),
