@@ -22,7 +22,6 @@ from realm_jax.errors import UnsupportedError
 from realm_jax.kernels.low_rank import LANES, LowRankForm
 from realm_jax.lora import Adapter, LowRank
 from realm_jax.lora.banked import AdapterRows, Banked, NativeBanked
-from realm_jax.nodes import Kernel
 from realm_jax.parallel import OneDevice, Placement
 from realm_jax.parallel.shares import Whole
 from realm_jax.weights import Params
@@ -64,7 +63,7 @@ class Bank:
             params = _wrapped(params, place.path, functools.partial(self._over, rows, place.form))
         return params
 
-    def _over(self, rows: AdapterRows, form: LowRankForm, base: Kernel) -> Banked:
+    def _over(self, rows: AdapterRows, form: LowRankForm, base: Any) -> Banked:
         assert self.factors is not None and self.ranks is not None
         return self.node(base, self.factors, self.ranks, rows, form)
 

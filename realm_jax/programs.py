@@ -123,11 +123,11 @@ class Programs:
         """The program stands in the folder, if it can be serialized and runs on one device."""
         from jax.experimental import serialize_executable
 
-        places = jax.tree.leaves((program.run.input_shardings, program.run.output_shardings))
-        devices = {device for place in places for device in place.device_set}
-        if self._folder is None or len(devices) != 1 or not _is_as_imported():
+        executable: Any = program.run.runtime_executable()
+        device, *others = executable.local_devices()
+        is_shared = bool(others) or jax.process_count() > 1
+        if self._folder is None or is_shared or not _is_as_imported():
             return
-        (device,) = devices
         try:
             data = pickle.dumps((device.id, *serialize_executable.serialize(program.run)))
         except Exception as error:  # of XLA, of pickle: whatever a backend cannot do

@@ -34,16 +34,11 @@ class ShardedTransformer(Transformer):
         local = Transformer(Division(self.config, len(self.devices)).local, self.block)
 
         def run(params: Any, *arguments: Any) -> Any:
-            joined = _joined(own(params), self.config)
+            joined = _joined(params, self.config)
             return local.apply({"params": joined}, *arguments, method=method)
 
-        return jax.shard_map(
-            run,
-            mesh=mesh_of(self.devices),
-            in_specs=specs((variables["params"], *arguments)),
-            out_specs=P() if method == "logits" else (P(), OF_CACHES),
-            check_vma=False,  # that the sums are the same everywhere is the nodes' word
-        )(variables["params"], *arguments)
+        out = P() if method == "logits" else (P(), OF_CACHES)
+        return on_each(self.devices, run, (variables["params"], *arguments), out)
 
     @nn.nowrap
     def empty_caches(self, slots: int, capacity: int, numerics: Numerics) -> Caches:
@@ -54,25 +49,37 @@ class ShardedTransformer(Transformer):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _empty_caches(model: ShardedTransformer, slots: int, capacity: int, numerics: Numerics) -> Caches:
     local = Transformer(Division(model.config, len(model.devices)).local, model.block)
+    return on_each(model.devices, lambda: local.empty_caches(slots, capacity, numerics), (), OF_CACHES)
+
+
+def on_each(
+    devices: tuple[int, ...], function: Callable[..., Any], arguments: tuple[Any, ...], out: Any
+) -> Any:
+    """What the function makes of each device's own arrays. out: how that stands on the devices."""
+    leaves, structure = jax.tree.flatten(arguments)
+
+    def run(*leaves: jax.Array) -> Any:
+        mine = jax.tree.unflatten(structure, leaves)
+        return function(*jax.tree.map(lambda x: x.node if _is_split(x) else x, mine, is_leaf=_is_split))
+
     return jax.shard_map(
-        lambda: local.empty_caches(slots, capacity, numerics),
-        mesh=mesh_of(model.devices),
-        in_specs=(),
-        out_specs=OF_CACHES,
-        check_vma=False,
-    )()
-
-
-def on_each(devices: tuple[int, ...], function: Callable[..., Any], state: Any, *arguments: Any) -> Any:
-    """`function(state, *arguments)` of each device's own arrays, which is a state like the old one."""
-    found = jax.shard_map(
-        lambda *given: jax.tree.leaves(function(*own(given))),
+        run,
         mesh=mesh_of(devices),
-        in_specs=specs((state, *arguments)),
-        out_specs=jax.tree.leaves(_each_spec(state)),
-        check_vma=False,
-    )(state, *arguments)
-    return jax.tree.unflatten(jax.tree.structure(state), found)
+        in_specs=tuple(specs(arguments)),
+        out_specs=out,
+        check_vma=False,  # that what is the same everywhere is so is the nodes' word
+    )(*leaves)
+
+
+def updated(devices: tuple[int, ...], function: Callable[..., Any], state: Any, *arguments: Any) -> Any:
+    """`function(state, *arguments)` of each device's own arrays, which is a state like the old one."""
+
+    def run(*given: Any) -> list[jax.Array]:
+        return jax.tree.leaves(function(*given))
+
+    return jax.tree.unflatten(
+        jax.tree.structure(state), on_each(devices, run, (state, *arguments), specs(state))
+    )
 
 
 @functools.cache
@@ -82,28 +89,14 @@ def mesh_of(devices: tuple[int, ...]) -> Mesh:
     return Mesh(np.array([by_id[each] for each in devices]), (AXIS,))
 
 
-def own(tree: Any) -> Any:
-    """The tree with each device's own nodes, inside `shard_map`."""
-    return jax.tree.map(lambda x: x.node if isinstance(x, Split) else x, tree, is_leaf=_is_split)
-
-
-def specs(tree: Any) -> Any:
-    """How a tree stands on the devices: a prefix of it, for `shard_map`."""
+def specs(tree: Any) -> list[P]:
+    """How each array of a tree stands on the devices."""
 
     def spec(x: Any) -> P:
-        return P(AXIS) if isinstance(x, Split) else OF_CACHES if isinstance(x, Cache) else P()
+        return P(AXIS) if _is_split(x) else OF_CACHES if isinstance(x, Cache) else P()
 
-    return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, Split | Cache))
-
-
-def _each_spec(tree: Any) -> Any:
-    """As `specs`, one for each array."""
-    return jax.tree.map(
-        lambda spec, part: jax.tree.map(lambda _: spec, part),
-        specs(tree),
-        tree,
-        is_leaf=lambda x: isinstance(x, P),
-    )
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Split | Cache))
+    return [spec(node) for node in nodes for _ in jax.tree.leaves(node)]
 
 
 def _is_split(x: Any) -> bool:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from realm_jax import runtime
 from realm_jax.config import EngineConfig, ModelConfig
 from realm_jax.model import Transformer
-from realm_jax.parallel.model import ShardedTransformer, mesh_of, on_each
+from realm_jax.parallel.model import ShardedTransformer, mesh_of, updated
 from realm_jax.parallel.nodes import AXIS, Split
 from realm_jax.parallel.shares import Division, Whole
 
@@ -95,7 +95,7 @@ class MeshPlacement:
         return Split(self._joined(lambda i: make(division.share(i)), P(AXIS)))
 
     def update(self, function: Callable[..., Any], state: Any, *arguments: Any) -> Any:
-        return on_each(self.devices, function, state, *arguments)
+        return updated(self.devices, function, state, *arguments)
 
     def _joined(self, make: Callable[[int], Any], spec: P) -> Any:
         """The arrays that `make` gives with each device of this process as the default one, as one each.
