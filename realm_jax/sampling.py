@@ -12,10 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from realm_jax.kernels import first_argmax, row_sum, threshold, top_k
+from realm_jax.kernels import first_argmax, row_sum, threefry, threshold, top_k
 from realm_jax.params import MAX_LOGPROBS
 from realm_jax.sampling_rows import SamplingRows, TokenCounts
 
@@ -171,20 +170,18 @@ def _draw_from_all(
     wanted = jnp.where(rows.top_p < 1, rows.top_p * row_sum(mass), jnp.inf)
     ids = jnp.broadcast_to(jnp.arange(scaled.shape[-1], dtype=jnp.uint32)[None], scaled.shape)
 
-    def take(scores: Array) -> tuple[Array, Array, Array]:
+    def take(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        scores, _, value, is_outside = state
+        scores = jnp.where(is_outside[:, None] & (scaled <= value), 0.0, scores)
         token = first_argmax(scores)
         value = jnp.take_along_axis(scaled, token[:, None], axis=-1)
         above = row_sum(jnp.where(scaled > value, mass, 0.0))
-        return token, value, (above > 0) & (above >= wanted)  # also ends in a row of NaN: no mass at all
+        return scores, token, value, (above > 0) & (above >= wanted)  # False in a row of NaN: no mass at all
 
-    def drop(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        scores, _, value, is_outside = state
-        scores = jnp.where(is_outside[:, None] & (scaled <= value), 0.0, scores)
-        return scores, *take(scores)
-
+    R = scaled.shape[0]
+    first = jnp.zeros(R, jnp.int32), jnp.full((R, 1), -jnp.inf), jnp.ones(R, jnp.bool_)  # drops nothing
     scores = mass / _arrivals(keys, ids)
-    _, token, _, _ = jax.lax.while_loop(lambda state: jnp.any(state[3]), drop, (scores, *take(scores)))
-    return token
+    return jax.lax.while_loop(lambda state: jnp.any(state[3]), take, (scores, *first))[1]
 
 
 def _mass(scaled: Float[Array, "R V"], rows: SamplingRows) -> Float[Array, "R V"]:
@@ -194,12 +191,10 @@ def _mass(scaled: Float[Array, "R V"], rows: SamplingRows) -> Float[Array, "R V"
 
 def _keys(rows: SamplingRows, positions: Int[Array, "R"]) -> UInt32[Array, "R 2"]:
     """fold_in(fold_in(key(seed), sample index), position), as raw words."""
-
-    def key(seed: Array, index: Array, position: Array) -> Array:
-        base = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(base, index), position))
-
-    return jax.vmap(key)(rows.seed, rows.sample_index, positions)
+    keys = jnp.asarray(rows.seed)
+    for number in (rows.sample_index, positions):
+        keys = jnp.concatenate(threefry(keys, number.astype(jnp.uint32)[:, None]), axis=-1)
+    return keys
 
 
 def _arrivals(keys: UInt32[Array, "R 2"], ids: UInt32[Array, "R A"]) -> Float[Array, "R A"]:
@@ -209,12 +204,9 @@ def _arrivals(keys: UInt32[Array, "R 2"], ids: UInt32[Array, "R A"]) -> Float[Ar
     log-probability plus Gumbel noise; this form needs one logarithm less.
     """
 
-    def bits(key: Array, ids: Array) -> Array:
-        words = threefry_2x32(key, jnp.concatenate([jnp.zeros_like(ids), ids]))
-        return words[: ids.shape[0]] ^ words[ids.shape[0] :]
-
+    first, second = threefry(keys, ids)
     # 23 bits and a half: never 0 or 1, exact in float32
-    uniform = ((jax.vmap(bits)(keys, ids) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+    uniform = (((first ^ second) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
     return -jnp.log(uniform)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from realm_jax import cli
+from realm_jax import cli, hub
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,9 +43,12 @@ class Done:
 
 @functools.cache
 def cache() -> Path:
-    """A REALM_CACHE for all command lines of this run of the tests: programs are compiled once."""
+    """A REALM_CACHE for all command lines of this run of the tests, with the programs of all tests."""
     folder = Path(tempfile.mkdtemp(prefix="realm-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    programs = hub.cache_dir() / "xla"
+    programs.mkdir(parents=True, exist_ok=True)
+    (folder / "xla").symlink_to(programs.absolute(), target_is_directory=True)
     return folder
 
 

@@ -31,15 +31,19 @@ SHAPED = (
 install_import_hook([f"realm_jax.{name}" for name in SHAPED], "runtime_types.check")
 from realm_jax import hub, runtime  # noqa: E402  after the hook, which checks them too
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 # Programs that change with each edit of the package are compiled anew: JAX's cache knows them by their HLO.
 COMPILED = str(hub.cache_dir() / "xla" / runtime.machine())
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)  # of the processes that tests start
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+SETTINGS = {
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
+    "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR", COMPILED),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+}
+for name, value in SETTINGS.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(
+        value
+    )  # of the processes that tests start: they share programs with this one
 
 FIXTURES = Path(os.environ.get("REALM_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
 

@@ -3,5 +3,6 @@
 from realm_jax.kernels.attention import attention
 from realm_jax.kernels.reference import matmul, rms_norm, row_sum
 from realm_jax.kernels.selection import first_argmax, threshold, top_k
+from realm_jax.kernels.threefry import threefry
 
-__all__ = ["attention", "first_argmax", "matmul", "rms_norm", "row_sum", "threshold", "top_k"]
+__all__ = ["attention", "first_argmax", "matmul", "rms_norm", "row_sum", "threefry", "threshold", "top_k"]
