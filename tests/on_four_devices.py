@@ -54,7 +54,7 @@ def model(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
             case "odd-heads":  # as the default model's: nine heads in three groups
                 return write_model(folder / "odd.gguf", width=144, heads=9, kv_heads=3, ffn=384)
             case "quantized":  # [q|k|v] of two types, so of two nodes
-                kinds = dict.fromkeys(("attn_q", "attn_output", "ffn_down", "ffn_up", "ffn_gate"), Q8_0)
+                kinds: Any = dict.fromkeys(("attn_q", "attn_output", "ffn_down", "ffn_up", "ffn_gate"), Q8_0)
                 return write_model(folder / "quantized.gguf", width=128, ffn=256, kinds=kinds)
             case "k-quants":
                 return write_model(folder / "k.gguf", width=256, ffn=512, kinds={"ffn_down": Q4_K})
@@ -67,7 +67,7 @@ def tokens(outputs: list[GenerationOutput]) -> list[list[int]]:
     return [output.token_ids for output in outputs]
 
 
-def resident(llm: LLM) -> dict[jax.Device, int]:
+def resident(llm: LLM) -> dict[Any, int]:
     """Bytes of the params on each device."""
     arrays = {id(x): x for x in jax.tree.leaves(llm.model.params)}.values()
     found = dict.fromkeys(jax.devices(), 0)
@@ -92,8 +92,10 @@ def test_logits_are_those_of_one_device_in_a_quarter_of_its_memory(
     model: Any, name: str, options: dict[str, Any]
 ):
     """And so every greedy token."""
-    options = {"mesh": FOUR} | SMALL | options
-    alone, divided = LLM(model(name), **(options | {"mesh": None})), LLM(model(name), **options)
+    given: dict[str, Any] = {"mesh": FOUR} | SMALL | options
+    divided = LLM(model(name), **given)
+    given["mesh"] = None
+    alone = LLM(model(name), **given)
     expected, found = alone.logits(PROMPT), divided.logits(PROMPT)
     np.testing.assert_allclose(found, expected, atol=0.02 if "kv_dtype" in options else 1e-4)
     assert (found.argmax(axis=-1) == expected.argmax(axis=-1)).all()
@@ -161,7 +163,8 @@ def test_what_cannot_be_divided_is_refused(
     model: Any, name: str, options: dict[str, Any], error: type[Exception], words: str
 ):
     with pytest.raises(error, match=words):
-        LLM(model(name), **({"mesh": FOUR} | SMALL | options))
+        given: dict[str, Any] = {"mesh": FOUR} | SMALL | options
+        LLM(model(name), **given)
 
 
 def test_doctor_shows_the_mesh():
