@@ -22,11 +22,15 @@ from realm_jax.errors import UnsupportedError
 from realm_jax.kernels.low_rank import LANES, LowRankForm
 from realm_jax.lora import Adapter, LowRank
 from realm_jax.lora.banked import AdapterRows, Banked, NativeBanked
-from realm_jax.nodes import Kernel
+from realm_jax.parallel import OneDevice, Placement
+from realm_jax.parallel.shares import Whole
 from realm_jax.weights import Params
 
 RANKS = tuple(LANES << i for i in range((MAX_LORA_RANK // LANES).bit_length()))
 """The ranks that banks are made for; factors of fewer are filled up with zeros."""
+
+
+ONE_DEVICE = OneDevice()
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,12 @@ class Bank:
     width: how many adapters a row of the call may have; the first places of its row count.
     """
 
-    factors: jax.Array | None  # [L, N] float32 or bfloat16; uint16 in pairs for the C++ kernel
+    factors: Any  # [L, N] float32 or bfloat16; uint16 in pairs for the C++ kernel. None without places
     ranks: jax.Array | None  # [L, M]
     places: tuple[Place, ...] = struct.field(pytree_node=False)
     node: type[Banked] = struct.field(pytree_node=False)
     width: int = struct.field(pytree_node=False)
+    placement: Placement = struct.field(pytree_node=False, default=ONE_DEVICE)
 
     def adapt(self, params: Params, rows: AdapterRows) -> Params:
         """The params with each row's adapters over their projections."""
@@ -58,7 +63,7 @@ class Bank:
             params = _wrapped(params, place.path, functools.partial(self._over, rows, place.form))
         return params
 
-    def _over(self, rows: AdapterRows, form: LowRankForm, base: Kernel) -> Banked:
+    def _over(self, rows: AdapterRows, form: LowRankForm, base: Any) -> Banked:
         assert self.factors is not None and self.ranks is not None
         return self.node(base, self.factors, self.ranks, rows, form)
 
@@ -80,32 +85,30 @@ def rank_bucket(rank: int) -> int:
     return next(each for each in RANKS if each >= rank)
 
 
-def empty_bank(config: ModelConfig, numerics: Numerics, slots: int, rank: int) -> Bank:
+def empty_bank(
+    config: ModelConfig, numerics: Numerics, slots: int, rank: int, placement: Placement = ONE_DEVICE
+) -> Bank:
     """A bank for so many adapters, and slot 0."""
-    places = tuple(_places(config, rank_bucket(rank)))
+    places = tuple(_places(placement.local(config), rank_bucket(rank)))
     is_native = numerics.kernels == "native" and all(place.form.inputs % 2 == 0 for place in places)
     shape = slots + 1, places[-1].form.stop
     if not is_native and shape[1] >= 1 << 31:
         raise UnsupportedError(
             f"an adapter of rank {rank} takes {shape[1]:,} numbers; 2^31 is the limit (fold it)"
         )
-    factors = jnp.zeros(shape, jnp.uint16 if is_native else numerics.dtype)
-    ranks = jnp.zeros((slots + 1, len(places)), jnp.int32)
-    factors, ranks = _put(
-        factors, ranks, factors[0], ranks[0], np.int32(0)
-    )  # compiled here, not for a request
-    return Bank(
-        factors,
-        ranks,
-        places,
-        NativeBanked if is_native else Banked,
-        numerics.adapter_widths[-1],
-    )
+    dtype = jnp.dtype(jnp.uint16 if is_native else numerics.dtype)
+    factors = placement.split(config, lambda _: jnp.zeros(shape, dtype))
+    ranks = placement.same(lambda: jnp.zeros((slots + 1, len(places)), jnp.int32))
+    node = NativeBanked if is_native else Banked
+    bank = Bank(factors, ranks, places, node, numerics.adapter_widths[-1], placement)
+    return put(bank, config, 0, Adapter("", {}))  # compiled here, not for a request
 
 
-def bank_bytes(config: ModelConfig, numerics: Numerics, slots: int, rank: int) -> int:
-    """What the arrays of such a bank take."""
-    places = tuple(_places(config, rank_bucket(rank)))
+def bank_bytes(
+    config: ModelConfig, numerics: Numerics, slots: int, rank: int, placement: Placement = ONE_DEVICE
+) -> int:
+    """What the arrays of such a bank take on a device."""
+    places = tuple(_places(placement.local(config), rank_bucket(rank)))
     each = 2 if numerics.dtype == "bfloat16" else 4
     return (slots + 1) * (places[-1].form.stop * each + len(places) * 4)
 
@@ -128,23 +131,26 @@ def check_adapter(adapter: Adapter, config: ModelConfig) -> None:
     rank_bucket(adapter.rank)
 
 
-def put(bank: Bank, slot: int, adapter: Adapter) -> Bank:
-    """The bank with the adapter in a slot. The old bank's arrays are gone."""
-    assert bank.factors is not None and bank.ranks is not None
-    row, ranks = _row(bank, adapter)
-    factors, kept = _put(bank.factors, bank.ranks, row, ranks, np.int32(slot))
+def put(bank: Bank, config: ModelConfig, slot: int, adapter: Adapter) -> Bank:
+    """The bank with the adapter in a slot. The old bank's arrays are gone. config: of the whole model."""
+    dtype = jax.tree.leaves(bank.factors)[0].dtype
+
+    def numbers(of: Whole) -> np.ndarray:
+        return _row(bank, of.adapter(adapter), dtype)[None]
+
+    row, ranks = bank.placement.split(config, numbers), _ranks(bank, adapter)[None]
+    factors, kept = _put(bank.placement, (bank.factors, bank.ranks), (row, ranks), np.int32(slot))
     return bank.replace(factors=factors, ranks=kept)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def _put(
-    factors: Array, ranks: Array, row: Array, row_ranks: Array, slot: Int[Array, ""]
-) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _put(placement: Placement, kept: Any, rows: Any, slot: Int[Array, ""]) -> Any:
+    return placement.update(_written, kept, rows, slot)
+
+
+def _written(kept: tuple[Array, Array], rows: tuple[Array, Array], slot: Array) -> tuple[Array, Array]:
     zero = jnp.zeros((), jnp.int32)
-    return (
-        jax.lax.dynamic_update_slice(factors, row[None], (slot, zero)),
-        jax.lax.dynamic_update_slice(ranks, row_ranks[None], (slot, zero)),
-    )
+    return jax.tree.map(lambda x, row: jax.lax.dynamic_update_slice(x, row, (slot, zero)), kept, rows)
 
 
 def _places(config: ModelConfig, rank: int) -> Iterable[Place]:
@@ -162,24 +168,28 @@ def _is_projection(p: Parameter) -> bool:
     return p.path[-1] == "kernel" and not p.is_vector and all(part.expert is None for part in p.parts)
 
 
-def _row(bank: Bank, adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
-    """The adapter's factors as a slot has them, and its ranks."""
-    numbers = np.zeros(bank.places[-1].form.stop, np.float32)
+def _ranks(bank: Bank, adapter: Adapter) -> np.ndarray:
+    """The adapter's rank at each place."""
     ranks = np.zeros(len(bank.places), np.int32)
+    for place in bank.places:
+        found = [adapter.deltas[name].rank for name in place.tensors if name in adapter.deltas]
+        ranks[place.form.column] = max(found, default=0)
+    return ranks
+
+
+def _row(bank: Bank, adapter: Adapter, dtype: np.dtype) -> np.ndarray:
+    """The adapter's factors as a slot has them."""
+    numbers = np.zeros(bank.places[-1].form.stop, np.float32)
     is_native = bank.node is NativeBanked
     for place in bank.places:
         form = place.form
         deltas = [adapter.deltas.get(name) for name in place.tensors]
-        ranks[form.column] = max((delta.rank for delta in deltas if delta is not None), default=0)
-        if not ranks[form.column]:
+        if all(delta is None for delta in deltas):
             continue
         a, b = _factors(form, deltas)
         numbers[form.start : form.start_b] = (in_vectors(a) if is_native else a).reshape(-1)
         numbers[form.start_b : form.stop] = (in_vectors(b) if is_native else b).reshape(-1)
-    assert bank.factors is not None
-    if is_native:
-        return numbers.astype(ml_dtypes.bfloat16).view(np.uint16), ranks
-    return numbers.astype(bank.factors.dtype), ranks
+    return numbers.astype(ml_dtypes.bfloat16).view(np.uint16) if is_native else numbers.astype(dtype)
 
 
 def _factors(form: LowRankForm, deltas: list[LowRank | None]) -> tuple[np.ndarray, np.ndarray]:

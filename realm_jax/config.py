@@ -1,5 +1,6 @@
 """Facts of a model (`ModelConfig`) and of a run (`EngineConfig`)."""
 
+import re
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Literal
@@ -135,6 +136,8 @@ class EngineConfig:
       the batch is full.
     max_loras: adapters that requests running at once may name; others wait in host memory.
     max_lora_rank: the rank to make room for from the start; None = that of the adapters as they come.
+    mesh: "tp=4" divides weights, caches and adapters over four devices, which compute each token together;
+      None = one device.
     memory: bytes that weights and caches may take; None = no limit.
     """
 
@@ -153,6 +156,7 @@ class EngineConfig:
     max_loras: int = 8
     max_lora_rank: int | None = None
     threads: int | None = None
+    mesh: str | None = None
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     memory: int | None = None
     offline: bool = False
@@ -166,6 +170,8 @@ class EngineConfig:
             is_left_open = value is None and name not in _REQUIRED
             if not is_left_open and (type(value) is not int or not 1 <= value <= limit):
                 raise RequestError(f"{name} is {value!r}; it must be a whole number from 1 to {limit:,}")
+        if self.mesh is not None and not _MESH.fullmatch(str(self.mesh)):
+            raise RequestError(f"mesh is {self.mesh!r}; it must be tp=N, with 1 to 999 devices")
         for name in ("prefix_caching", "deterministic", "offline"):
             if not isinstance(value := getattr(self, name), bool):
                 raise RequestError(f"{name} is {value!r}; it must be true or false")
@@ -177,6 +183,11 @@ class EngineConfig:
         if unknown := sorted(set(options) - set(known)):
             raise RequestError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**options)  # pyright: ignore[reportArgumentType]: checked in __post_init__
+
+    @property
+    def tensor_parallel(self) -> int:
+        """The devices that a model is divided over."""
+        return 1 if self.mesh is None else int(self.mesh.removeprefix("tp="))
 
     def context_for(self, model: ModelConfig) -> int:
         """Tokens a sequence may hold with this model."""
@@ -190,6 +201,7 @@ class EngineConfig:
         return self.ctx_size
 
 
+_MESH = re.compile("tp=[1-9][0-9]{0,2}")
 _LIMITS = {
     "ctx_size": 1 << 24,
     "max_num_seqs": 1 << 24,

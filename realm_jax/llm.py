@@ -1,7 +1,6 @@
 """LLM: the Python front. Every method enters the same engine."""
 
 import itertools
-import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,6 @@ from realm_jax.config import EngineConfig
 from realm_jax.errors import RequestError
 from realm_jax.loading import LoadProgress, load_model
 from realm_jax.lora import read as read_adapter
-from realm_jax.model import Transformer
 from realm_jax.params import SamplingParams
 from realm_jax.programs import Programs
 from realm_jax.scoring import Score
@@ -81,7 +79,7 @@ class LLM:
             (speculation.load_draft(p, self.model, self.engine_config, on_load) for p in drafts), None
         )
         self.tokenizer = self.model.tokenizer
-        self.transformer = Transformer(self.model.config)
+        self.transformer = self.model.transformer
         strategy, params, drafting = speculation.choose_strategy(
             self.engine_config, self.model, self.draft, spec_type
         )
@@ -93,11 +91,13 @@ class LLM:
             context=self.model.context,
             config=self.engine_config,
             numerics=self.model.numerics,
+            placement=self.model.placement,
             spare=(self.draft or self.model).spare,
             drafting=drafting,
             programs=programs,
             on_compile=on_compile,
         )
+        self._new_seed = runtime.seeds(self.model.placement.is_shared)
         self._ids = itertools.count()
         self._mailboxes: dict[str, deque[TextDelta]] = {}  # by request
         for name, adapter in (lora or {}).items():
@@ -277,7 +277,7 @@ class LLM:
         adapters: tuple[tuple[str, float], ...] = (),
     ) -> Request:
         params = params or SamplingParams()
-        seed = secrets.randbits(32) if params.seed is None else params.seed
+        seed = self._new_seed() if params.seed is None else params.seed
         return Request(f"request-{next(self._ids)}", tuple(ids), params, seed, adapters=adapters)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:

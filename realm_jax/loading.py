@@ -17,6 +17,8 @@ from realm_jax.chat import ChatTemplate
 from realm_jax.config import EngineConfig, ModelConfig, Numerics
 from realm_jax.errors import CapacityError, UnsupportedError
 from realm_jax.lora import Adapter, Base, FoldedFile
+from realm_jax.model import Transformer
+from realm_jax.parallel import Placement, place
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
 
@@ -35,10 +37,16 @@ class LoadedModel:
     template: ChatTemplate | None
     context: int
     numerics: Numerics
+    placement: Placement
     base: Base  # what adapters must fit
     folded: tuple[tuple[Adapter, float], ...]
     spare: int | None  # bytes of `config.memory` that weights and caches leave; None = no limit
     seconds: float
+
+    @property
+    def transformer(self) -> Transformer:
+        """The model, computed where its weights stand."""
+        return self.placement.transformer(self.config)
 
     def require_template(self) -> ChatTemplate:
         """The chat template. Raises UnsupportedError if the file has none."""
@@ -51,18 +59,19 @@ def load_model(
     on_progress: LoadProgress | None = None,
     fold: Sequence[tuple[Path, float]] = (),
 ) -> LoadedModel:
-    """The model in the file, its weights on the device, changed by the adapters to fold.
+    """The model in the file, its weights on the device or devices, changed by the adapters to fold.
 
     fold: files of adapters, and what the change of each is multiplied by.
     Raises ModelFileError for a broken file, UnsupportedError for what is not served, RequestError for a
     configuration that does not fit the model, CapacityError where it may need more than `config.memory`.
     """
     start = time.perf_counter()
-    numerics = runtime.resolve_numerics(config)
+    numerics, placement = runtime.resolve_numerics(config), place(config)
     with gguf.open(path) as file:
         model = read_config(file)
         tokenizer = Tokenizer.from_metadata(file.metadata, path.name)
         template = ChatTemplate.from_metadata(file.metadata, path.name, **_special_texts(tokenizer))
+        placement.local(model)  # refused here where it cannot be divided
         context = config.context_for(model)
         base = Base.of(file, model)
         adapters = tuple((lora.read(each, base), scale) for each, scale in fold)
@@ -73,6 +82,7 @@ def load_model(
             model,
             numerics=numerics,
             context=context,
+            placement=placement,
             threads=config.threads,
             progress=_counter(folded, on_progress),
         )
@@ -80,7 +90,19 @@ def load_model(
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start
     return LoadedModel(
-        path, model, metadata, params, tokenizer, template, context, numerics, base, adapters, spare, seconds
+        path=path,
+        config=model,
+        metadata=metadata,
+        params=params,
+        tokenizer=tokenizer,
+        template=template,
+        context=context,
+        numerics=numerics,
+        placement=placement,
+        base=base,
+        folded=adapters,
+        spare=spare,
+        seconds=seconds,
     )
 
 
@@ -93,6 +115,10 @@ def _check_budget(
     """
     if config.memory is None:
         return None
+    if config.tensor_parallel > 1:
+        raise UnsupportedError(
+            f"--memory counts one device and mesh is {config.mesh!r}; set XLA_PYTHON_CLIENT_MEM_FRACTION"
+        )
     if runtime.backend() != "cpu":
         raise UnsupportedError(
             f"--memory is for --device cpu; on {runtime.backend()} set XLA_PYTHON_CLIENT_MEM_FRACTION"

@@ -98,7 +98,7 @@ class Programs:
             with _events() as events:
                 program = Program(lowered.compile())
             if COMPILED in events and CACHE_HIT not in events:
-                self._write(key, program, arguments)
+                self._write(key, program)
         _loaded[key] = program
         return program
 
@@ -120,14 +120,15 @@ class Programs:
             self._hinted = list(self._used)
             _replace(self._hint, json.dumps(self._used).encode())
 
-    def _write(self, key: str, program: Program, arguments: tuple[Any, ...]) -> None:
+    def _write(self, key: str, program: Program) -> None:
         """The program stands in the folder, if it can be serialized and runs on one device."""
         from jax.experimental import serialize_executable
 
-        devices = {d for x in jax.tree.leaves(arguments) if isinstance(x, jax.Array) for d in x.devices()}
-        if self._folder is None or len(devices) > 1 or not _is_as_imported():
+        executable: Any = program.run.runtime_executable()
+        device, *others = executable.local_devices()
+        is_shared = bool(others) or jax.process_count() > 1
+        if self._folder is None or is_shared or not _is_as_imported():
             return
-        device = devices.pop() if devices else jax.devices()[0]
         try:
             data = pickle.dumps((device.id, *serialize_executable.serialize(program.run)))
         except Exception as error:  # of XLA, of pickle: whatever a backend cannot do
@@ -204,7 +205,10 @@ def _key(jitted: Any, static: tuple[Any, ...], arguments: tuple[Any, ...]) -> st
 
 
 def _place(x: Any) -> str:
-    return repr(x.sharding) if isinstance(x, jax.Array) else ""
+    """Where an array stands: how it is divided, and over which devices, in their order."""
+    if not isinstance(x, jax.Array):
+        return ""
+    return f"{x.sharding!r} {[device.id for device in x.sharding._internal_device_list]}"
 
 
 def _surroundings() -> list[Any]:

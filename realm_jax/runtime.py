@@ -1,14 +1,19 @@
 """JAX as a run needs it: device, threads and compilation cache."""
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
 import platform
+import random
+import secrets
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from realm_jax.config import EngineConfig, Kernels, Numerics
 from realm_jax.errors import RequestError, UnsupportedError
@@ -84,9 +89,63 @@ def resolve_numerics(config: EngineConfig) -> Numerics:
     return Numerics(dtype, dtype if config.kv_dtype == "auto" else config.kv_dtype, weights, kernels)
 
 
+def join_processes(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """This process computes with the others of its run; None: as SLURM or the TPU pod says.
+
+    Before JAX is first used in this process. Raises RequestError where they are not found.
+    """
+    try:
+        jax.distributed.initialize(coordinator, count, index)
+    except (RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "no reason was given")
+        raise RequestError(f"the processes of this run do not find each other: {reason}") from error
+
+
+def process_index() -> int:
+    """Which of the run's processes this is."""
+    return jax.process_index()
+
+
+def seeds(is_shared: bool) -> Callable[[], int]:
+    """Gives another seed at each call.
+
+    is_shared: of processes that compute together, the same to each.
+    """
+    if not is_shared:
+        return functools.partial(secrets.randbits, 32)
+    from jax.experimental import multihost_utils
+
+    first = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
+    return functools.partial(random.Random(int(first)).getrandbits, 32)
+
+
+def mesh_devices(config: EngineConfig) -> list[Any]:
+    """The devices that the model is divided over, of all processes; one where there is no mesh.
+
+    Raises RequestError where there are too few, or where a process would have none.
+    """
+    wanted = config.tensor_parallel
+    if wanted == 1:
+        return jax.local_devices()[:1]
+    found = jax.devices()
+    if wanted > len(found):
+        virtual = f"; to try it on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"
+        raise RequestError(
+            f"mesh is {config.mesh!r}; JAX sees {len(found)} {backend()} device{'s' * (len(found) > 1)} "
+            f"(lower it, or start a process on each host{virtual if backend() == 'cpu' else ''})"
+        )
+    if jax.process_count() > 1 and wanted != len(found):
+        raise RequestError(
+            f"mesh is {config.mesh!r}; {jax.process_count()} processes have {len(found)} devices, and all of "
+            f"them take part (--mesh tp={len(found)}, or fewer processes)"
+        )
+    return found[:wanted]
+
+
 def missing_kernels(config: EngineConfig) -> str | None:
     """Why a run that would use the C++ kernels goes without them; None where nothing is missing."""
-    wants = config.kernels == "auto" and config.dtype != "float32" and backend() == "cpu"
+    is_default = config.kernels == "auto" and config.dtype != "float32" and config.tensor_parallel == 1
+    wants = is_default and backend() == "cpu"
     return native.problem() if wants else None
 
 
@@ -97,6 +156,8 @@ def choose_kernels(config: EngineConfig) -> tuple[Kernels, str]:
     """
     if config.kernels == "native":
         _require_native(config)
+    if config.kernels == "auto" and backend() == "cpu" and config.tensor_parallel > 1:
+        return "xla", "the C++ kernels run on one device, and the mesh has several"
     if config.kernels != "auto":
         is_interpreted = config.kernels == "pallas" and backend() == "cpu"
         return config.kernels, "they were asked for" + ("; on a CPU they are interpreted" * is_interpreted)
@@ -110,6 +171,10 @@ def choose_kernels(config: EngineConfig) -> tuple[Kernels, str]:
 
 
 def _require_native(config: EngineConfig) -> None:
+    if config.tensor_parallel > 1:
+        raise UnsupportedError(
+            f"kernels='native' run on one device; mesh is {config.mesh!r} (kernels='xla', or no mesh)"
+        )
     if _dtype(config) == "float32":
         raise RequestError(
             "kernels='native' multiply in int8 and bf16; use dtype='bfloat16' or kernels='xla'"

@@ -8,7 +8,6 @@ from realm_jax.decoding import Autoregressive, Strategy
 from realm_jax.drafters import Drafter, DraftModel, NGram
 from realm_jax.errors import CapacityError, RealmError, RequestError, UnsupportedError
 from realm_jax.loading import LoadedModel, LoadProgress, load_model
-from realm_jax.model import Transformer
 from realm_jax.serving.drafting import Drafting
 from realm_jax.speculative import Speculative
 from realm_jax.tokenizer import Tokenizer
@@ -51,14 +50,14 @@ def choose_strategy(
 
     Raises UnsupportedError for a draft model whose vocabulary or context is not the target's.
     """
-    plain = Autoregressive(Transformer(target.config), target.numerics)
+    plain = Autoregressive(target.transformer, target.numerics)
     if spec_type == "none":
         return plain, target.params, None
     drafter: Drafter = NGram()
     params = target.params
     if draft is not None:
         check_vocabulary(target.tokenizer, draft.tokenizer, draft.path.name)
-        drafter = DraftModel(Transformer(draft.config), draft.numerics, target.config.vocab_size)
+        drafter = DraftModel(draft.transformer, draft.numerics, target.config.vocab_size)
         params = params | {"draft": draft.params}
     return Speculative(plain, drafter), params, Drafting(config.spec_tokens, is_free=drafter.is_free)
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -18,6 +19,8 @@ from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile
 from realm_jax.lora import FoldedFile
 from realm_jax.nodes import Biased, Rotary
+from realm_jax.parallel import OneDevice, Placement
+from realm_jax.parallel.shares import Whole
 from realm_jax.projections import Stored
 from realm_jax.quant import dequantize
 
@@ -27,6 +30,8 @@ Progress = Callable[[int], None]  # called with the bytes of the file that were 
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
+ONE_DEVICE = OneDevice()
+
 
 def load(
     file: TensorFile,
@@ -34,10 +39,11 @@ def load(
     *,
     numerics: Numerics,
     context: int,
+    placement: Placement = ONE_DEVICE,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Params:
-    """The model's params, stored and multiplied as `numerics` says.
+    """The model's params, where `placement` says, stored and multiplied as `numerics` says.
 
     context: tokens a sequence may hold; it chooses between long and short rope factors.
     Raises ModelFileError with all missing, extra and mis-shaped tensors before anything is read.
@@ -45,10 +51,10 @@ def load(
     wanted = parameters(config)
     check_tensors(file, wanted)
     present = [p for p in wanted if _is_present(file, p)]
-    params: Params = {"rope": _ropes(file, config, context, numerics)}
+    params: Params = {"rope": placement.same(lambda: _ropes(file, config, context, numerics))}
+    load = partial(_load_parameter, file, config, numerics, placement, progress)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        nodes = pool.map(lambda p: _load_parameter(file, p, numerics, progress), present)
-        for parameter, node in zip(present, nodes, strict=True):
+        for parameter, node in zip(present, pool.map(load, present), strict=True):
             _put(params, parameter.path, node)
     for layer in params.values():
         if "experts" in (mlp := layer.get("mlp", {}) if isinstance(layer, dict) else {}):
@@ -57,14 +63,26 @@ def load(
     return params
 
 
-def _load_parameter(file: TensorFile, p: Parameter, numerics: Numerics, progress: Progress | None) -> Any:
+def _load_parameter(
+    file: TensorFile,
+    config: ModelConfig,
+    numerics: Numerics,
+    placement: Placement,
+    progress: Progress | None,
+    p: Parameter,
+) -> Any:
     if p.is_vector:
-        node = projections.scale(_vector(file, p.parts[0].name + ".weight"), numerics)
+        vector = _vector(file, p.parts[0].name + ".weight")
+        node = placement.same(lambda: projections.scale(vector, numerics))
     else:
-        parts = [_stored(file, part) for part in p.parts]
-        node = projections.projection(parts, _numerics_of(p, numerics))
-        if (bias := _bias(file, p.parts)) is not None:
-            node = Biased(node, jax.device_put(bias))
+        parts, bias = [_stored(file, part) for part in p.parts], _bias(file, p.parts)
+        mine = _numerics_of(p, numerics)
+
+        def share(of: Whole) -> Any:
+            kernel = projections.projection(of.parts(p, parts, mine), mine)
+            return kernel if bias is None else Biased(kernel, jax.device_put(of.bias(p, bias)))
+
+        node = placement.split(config, share)
     for part in p.parts:
         file.release(part.name + ".weight")
     if progress is not None:

@@ -28,7 +28,7 @@ FLOORS = {
         "sampling_rows",
     }
     | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
-    2: {"model", "layers", "weights", "banks", "projections", "architectures"},
+    2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
     3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring"}
     | {
         f"serving.{name}"
@@ -70,6 +70,11 @@ WITHIN_A_FLOOR = {
     ("weights", "projections"),
     ("banks", "architectures"),
     ("banks", "weights"),
+    ("banks", "parallel"),
+    ("weights", "parallel"),
+    ("parallel", "model"),
+    ("parallel", "architectures"),
+    ("parallel", "projections"),
     ("sampling", "kernels"),
     ("sampling", "sampling_rows"),
     ("tokenizer", "gguf"),  # Tokenizer.from_gguf

@@ -5,7 +5,7 @@ import io
 import os
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 
@@ -77,11 +77,12 @@ def main() -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
     run = Run()
+    errors = sys.stderr  # also where another process shows all else
     try:
         code = app(standalone_mode=False, obj=run, prog_name="realm")
         sys.stdout.flush()
     except typer.TyperException as error:
-        code = _fail(_usage(error), 2)
+        code = _fail(_usage(error), 2, errors)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     except BrokenPipeError:
@@ -90,8 +91,8 @@ def main() -> NoReturn:
         code = 1
     except RealmError as error:
         if run.verbose:
-            traceback.print_exc()
-        code = _fail(str(error), 2 if isinstance(error, RequestError) else 1)
+            traceback.print_exc(file=errors)
+        code = _fail(str(error), 2 if isinstance(error, RequestError) else 1, errors)
     gc.freeze()  # the process ends: what it holds need not be searched for garbage, which takes 0.3 s
     sys.exit(code)
 
@@ -110,6 +111,6 @@ def _usage(error: Any) -> str:
     return message if context is None else f"{message}; see {context.command_path} --help"
 
 
-def _fail(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+def _fail(message: str, code: int, errors: TextIO) -> int:
+    print("error: " + " ".join(message.split()), file=errors)
     return code

@@ -1,6 +1,7 @@
 """`realm batch`: a file of requests, answered many at once."""
 
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from realm_jax.cli import options
+from realm_jax.cli.processes import ProcessFlags, join
 from realm_jax.errors import RequestError
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def batch(
         ),
     ] = None,
     engine: options.EngineFlags,
+    processes: ProcessFlags,
 ) -> None:
     """Answer a file of requests: OpenAI batch lines, or {"id", "prompt" | "messages", ...sampling}.
 
@@ -62,6 +65,10 @@ def batch(
     from realm_jax.cli.session import Status, open_model
     from realm_jax.serving.batch import BatchJob
 
+    if resume and processes != ProcessFlags():
+        raise RequestError("--resume is for one process (several: choose another output)")
+    if not join(processes, engine):
+        output = Path(tempfile.mkdtemp(prefix="realm-batch-")) / output.name  # the first process writes it
     status = Status()
     llm = open_model(
         engine,

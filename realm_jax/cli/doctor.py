@@ -17,6 +17,7 @@ def doctor(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     ctx_size: options.CtxSize = None,
+    mesh: options.MeshFlag = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
     weights: options.Weights = "auto",
@@ -38,6 +39,7 @@ def doctor(
 
     config = EngineConfig(
         ctx_size=ctx_size,
+        mesh=mesh,
         device=device,
         dtype=dtype,
         weights=weights,
@@ -61,6 +63,8 @@ def doctor(
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "backend": runtime.backend(),
         "devices": [str(each) for each in jax.devices()],
+        "mesh": mesh or "none",
+        "mesh_devices": [str(each) for each in runtime.mesh_devices(config)],
         "dtype": numerics.dtype,
         "kv_dtype": numerics.kv_dtype,
         "weights": numerics.weights,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from realm_jax.cli import options
+from realm_jax.cli.processes import ProcessFlags, join
 from realm_jax.cli.text import read_text
 from realm_jax.errors import RequestError
 
@@ -41,6 +42,7 @@ def generate(
         int | None, typer.Option(help="With --json: alternatives to report a token.", metavar="N")
     ] = None,
     engine: options.EngineFlags,
+    processes: ProcessFlags,
 ) -> None:
     """Answer a prompt. The model's chat template is applied when it has one.
 
@@ -54,6 +56,7 @@ def generate(
 
     from realm_jax.cli.session import Status, open_model, sampling_params
 
+    join(processes, engine)
     status = Status()
     llm = open_model(engine, status, max_num_seqs=min(max(num_samples, 1), 16))
     params = sampling_params(llm.model.metadata, sampling, logprobs=logprobs, n=num_samples)

@@ -31,6 +31,15 @@ CtxSize = Annotated[
     ),
 ]
 Device = Annotated[Literal["auto", "cpu", "gpu", "tpu"], flag("--device", "Where to run.")]
+MeshFlag = Annotated[
+    str | None,
+    flag(
+        "--mesh",
+        "Divide the model over N devices, which compute each token together.",
+        metavar="tp=N",
+        default="one device",
+    ),
+]
 DType = Annotated[Literal["auto", "bfloat16", "float32"], flag("--dtype", "Arithmetic.")]
 Weights = Annotated[
     Literal["auto", "dense", "quantized", "int8"],
@@ -103,6 +112,7 @@ class EngineFlags:
     model: Model = None
     ctx_size: CtxSize = None
     threads: Annotated[int | None, flag("-t --threads", "CPU threads.", metavar="N", default="all")] = None
+    mesh: MeshFlag = None
     device: Device = "auto"
     memory: Annotated[
         str | None,

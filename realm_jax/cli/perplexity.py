@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from realm_jax.cli import options
+from realm_jax.cli.processes import ProcessFlags, join
 from realm_jax.cli.text import read_text
 
 WINDOW = 512
@@ -19,6 +20,7 @@ def perplexity(
     file: Annotated[Path, typer.Argument(help="A text file; - reads stdin.", metavar="FILE")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     engine: options.EngineFlags,
+    processes: ProcessFlags,
 ) -> None:
     """Print the perplexity of a text, as llama-perplexity defines it.
 
@@ -31,6 +33,7 @@ def perplexity(
     from realm_jax.cli.session import Status, open_model
     from realm_jax.perplexity import perplexities
 
+    join(processes, engine)
     status = Status()
     window = engine.ctx_size or WINDOW
     llm = open_model(dataclasses.replace(engine, ctx_size=window), status, max_num_seqs=4)

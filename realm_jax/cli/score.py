@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from realm_jax.cli import options
+from realm_jax.cli.processes import ProcessFlags, join
 from realm_jax.cli.text import read_text, table
 from realm_jax.errors import RequestError
 
@@ -33,6 +34,7 @@ def score(
     tokens: Annotated[bool, typer.Option("--tokens", help="Show each token's log-probability too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     engine: options.EngineFlags,
+    processes: ProcessFlags,
 ) -> None:
     """Print natural-log probabilities: of a text's tokens, or of continuations of it.
 
@@ -48,6 +50,7 @@ def score(
 
     from realm_jax.cli.session import Status, open_model
 
+    join(processes, engine)
     status = Status()
     llm = open_model(engine, status, max_num_seqs=max(1, min(len(continuation or ()), 16)))
     if continuation:

@@ -57,8 +57,10 @@ def top_k(x: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R A"], Int[
 
 def _plain_top_k(x: Float[Array, "R n"], count: int) -> tuple[Float[Array, "R A"], Int[Array, "R A"]]:
     """In one pass. The barrier keeps both outputs whole: a slice of one that is merged into the operation
-    makes XLA's CPU backend sort the row, a hundred times slower."""
-    values, ids = jax.lax.optimization_barrier(tuple(jax.lax.top_k(x, count)))
+    makes XLA's CPU backend sort the row, a hundred times slower. Not in the operation's own order: for
+    several devices, XLA joins both to the operation's pair again, and then fails on that."""
+    values, ids = jax.lax.top_k(x, count)
+    ids, values = jax.lax.optimization_barrier((ids, values))
     return values, ids
 
 

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 
 from realm_jax.kernels.low_rank import LowRankForm, low_rank
 from realm_jax.kernels.native import calls
-from realm_jax.nodes import Kernel
 
 
 @struct.dataclass
@@ -32,8 +31,8 @@ class Banked:
 
     __array_ufunc__ = None
 
-    base: Kernel
-    factors: jax.Array  # [L, N]
+    base: Any  # a Kernel; before a mesh takes it apart, each device's
+    factors: Any  # [L, N]
     ranks: jax.Array  # [L, projections]
     rows: AdapterRows
     form: LowRankForm = struct.field(pytree_node=False)

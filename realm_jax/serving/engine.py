@@ -16,6 +16,7 @@ from realm_jax.decoding import Guess, StepOutput, Strategy
 from realm_jax.errors import RequestError
 from realm_jax.lora import Adapter
 from realm_jax.model import Transformer
+from realm_jax.parallel import Placement
 from realm_jax.programs import Programs
 from realm_jax.sampling import TokenLogprobs
 from realm_jax.sampling_rows import SamplingRows
@@ -75,6 +76,7 @@ class Engine:
         context: int,
         config: EngineConfig,
         numerics: Numerics,
+        placement: Placement,
         spare: int | None = None,
         drafting: Drafting | None = None,
         programs: Programs | None = None,
@@ -95,12 +97,13 @@ class Engine:
             prefix_caching=config.prefix_caching,
             drafting=drafting,
         )
-        self._stopwatch = Stopwatch(drafting)
+        self._is_shared = placement.is_shared
+        self._stopwatch = Stopwatch(None if placement.is_shared else drafting)  # clocks differ
         self._runner = Runner(strategy, model, params, self.buckets, programs or Programs(), on_compile)
         self._tokenizer = tokenizer
         self._vocab = model.config.vocab_size
         self.adapters = AdapterRegistry(
-            self._runner, self.scheduler.adapters, model.config, numerics, config, spare
+            self._runner, self.scheduler.adapters, model.config, numerics, placement, config, spare
         )
         self._in_flight: deque[_Decoded | _Prefilled] = deque()
         self._transcripts: dict[str, list[Transcript]] = {}  # by request
@@ -130,6 +133,11 @@ class Engine:
         """
         if request.id in self._transcripts:
             raise RequestError(f"request id {request.id!r} is in use; choose another")
+        if request.timeout is not None and self._is_shared:
+            raise RequestError(
+                f"timeout is {request.timeout} s; processes that compute together have no clock in common "
+                "(leave it out, or abort the request in all of them)"
+            )
         self._check_token_ids(request)
         self.adapters.check(request.adapters)
         sequences = self.scheduler.add(request)

@@ -14,6 +14,7 @@ from realm_jax.banks import Bank, bank_bytes, check_adapter, empty_bank, put
 from realm_jax.config import MAX_LORAS_PER_REQUEST, EngineConfig, ModelConfig, Numerics
 from realm_jax.errors import CapacityError, RequestError
 from realm_jax.lora import Adapter
+from realm_jax.parallel import Placement
 from realm_jax.serving.adapters import AdapterSlots, LoadAdapter
 from realm_jax.serving.request import checked_scale
 from realm_jax.serving.runner import Runner
@@ -34,10 +35,12 @@ class AdapterRegistry:
         slots: AdapterSlots,
         model: ModelConfig,
         numerics: Numerics,
+        placement: Placement,
         config: EngineConfig,
         spare: int | None,
     ) -> None:
-        self._runner, self._slots, self._model, self._numerics = runner, slots, model, numerics
+        self._runner, self._slots = runner, slots
+        self._model, self._numerics, self._placement = model, numerics, placement
         self._max_loras, self._spare = config.max_loras, spare
         self._adapters: dict[str, Adapter] = {}
         if config.max_lora_rank is not None:
@@ -59,7 +62,7 @@ class AdapterRegistry:
         if adapter.rank > self._runner.bank.rank:
             bank = self._new_bank(adapter.rank)
             for standing in self._slots.standing:
-                bank = put(bank, standing.slot, self._adapters[standing.name])
+                bank = put(bank, self._model, standing.slot, self._adapters[standing.name])
             self._runner.bank = bank
         self._adapters[name] = adapter
 
@@ -73,11 +76,14 @@ class AdapterRegistry:
     def put(self, plan: LoadAdapter) -> None:
         """The adapter stands in its slot; where that fails, all are loaded anew before the next use."""
         try:
-            self._runner.bank = put(self._runner.bank, plan.slot, self._adapters[plan.name])
+            self._runner.bank = self._put(plan)
         except BaseException:
             self._slots.load_again()
             self._runner.bank = self._new_bank(self._runner.bank.rank)
             raise
+
+    def _put(self, plan: LoadAdapter) -> Bank:
+        return put(self._runner.bank, self._model, plan.slot, self._adapters[plan.name])
 
     def lose(self) -> None:
         """Nothing stands in the bank; nobody uses it."""
@@ -87,7 +93,7 @@ class AdapterRegistry:
 
     def _new_bank(self, rank: int) -> Bank:
         """An empty bank. Raises CapacityError where there is no memory for it."""
-        shape = self._model, self._numerics, self._max_loras, rank
+        shape = self._model, self._numerics, self._max_loras, rank, self._placement
         needed = bank_bytes(*shape)
         if self._spare is not None and needed > self._spare:
             raise CapacityError(

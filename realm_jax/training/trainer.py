@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from realm_jax.errors import RequestError
+from realm_jax.errors import RequestError, UnsupportedError
 from realm_jax.layers import Block
 from realm_jax.loading import LoadedModel
 from realm_jax.lora import Adapter
 from realm_jax.model import Transformer
+from realm_jax.parallel import OneDevice
 from realm_jax.training.batches import Batch, Batches, split
 from realm_jax.training.blocks import CheckpointedBlock
 from realm_jax.training.checkpoints import Checkpoints, History, Saved
@@ -55,6 +56,8 @@ class Trainer:
         config: TrainingConfig,
         checkpoints: Checkpoints | None = None,
     ) -> None:
+        if not isinstance(model.placement, OneDevice):
+            raise UnsupportedError("training runs on one device; load the model without a mesh")
         self.config, self._checkpoints, self._params = config, checkpoints, model.params
         if config.eval_split and len(examples) < 2:
             raise RequestError(f"eval_split is {config.eval_split}; there is one example, nothing to keep")
