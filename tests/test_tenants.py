@@ -149,6 +149,7 @@ def test_what_never_fits_is_no_matter_of_time():
         Limiter(Clock()).admit(Tenant("t", tokens_per_minute=100), 101)
 
 
+@example(10, None, 5000, None, None, 100, 4)
 @given(
     st.integers(1, 5000),
     st.one_of(st.none(), st.integers(0, 5000)),
