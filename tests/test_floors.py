@@ -14,9 +14,17 @@ PACKAGE = Path(realm_jax.__file__).parent
 ROOT = PACKAGE.parent
 
 FLOORS = {
-    0: {"errors", "config", "buckets", "ggml", "params", "serving"},  # serving/__init__.py imports nothing
+    0: {
+        "errors",
+        "config",
+        "buckets",
+        "ggml",
+        "params",
+        "structured",
+        "serving",
+    },  # serving/__init__.py imports nothing
     1: {"lora", "quant", "nodes", "native_nodes", "kernels", "rope", "cache", "sampling", "sampling_rows"}
-    | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
+    | {"tokenizer", "grammars", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures"},
     3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring"}
     | {
@@ -53,6 +61,8 @@ WITHIN_A_FLOOR = {
     ("banks", "weights"),
     ("sampling", "kernels"),
     ("sampling", "sampling_rows"),
+    ("params", "structured"),
+    ("grammars", "tokenizer"),
     ("tokenizer", "gguf"),  # Tokenizer.from_gguf
     ("model", "layers"),
     ("weights", "architectures"),
@@ -88,7 +98,7 @@ WITHIN_A_FLOOR = {
     ("__main__", "cli"),
 } | {(unit, "errors") for unit in FLOORS[0]}
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
-WITHOUT_JAX = ("errors", "ggml", "params", "gguf", "tokenizer", "chat", "hub")
+WITHOUT_JAX = ("errors", "ggml", "params", "gguf", "tokenizer", "grammars", "chat", "hub")
 WITHOUT_JAX += ("serving.request", "serving.scheduler", "serving.tenants")
 MAX_LINES = 330
 SHAPELESS_NAMES = {"utils", "util", "helpers", "helper", "manager", "managers", "misc", "common"}

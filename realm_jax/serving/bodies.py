@@ -8,6 +8,7 @@ from realm_jax.errors import RequestError, UnsupportedError
 from realm_jax.llm import LLM
 from realm_jax.params import SamplingParams
 from realm_jax.serving.request import GenerationOutput, TokenLogprob, chosen_adapters
+from realm_jax.structured import read_structured_output
 from realm_jax.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -28,6 +29,7 @@ SAMPLING = (
     "prompt_logprobs",
     "n",
 )
+FORM = ("response_format", "structured_outputs")
 IGNORED = ("model", "user", "metadata", "store")  # they change no answer, unless an adapter is named so
 HARMLESS = {"stream": False, "suffix": None, "best_of": 1, "tools": None, "tool_choice": None}
 
@@ -73,7 +75,7 @@ def read_body(url: object, body: Mapping[str, Any]) -> Task:
     if url not in (COMPLETIONS, CHAT):
         raise UnsupportedError(f"url is {url!r}; supported: {COMPLETIONS}, {CHAT}")
     own = ("messages", "max_completion_tokens", "top_logprobs") if url == CHAT else ("prompt", "echo")
-    known = {"lora", *SAMPLING, *IGNORED, *HARMLESS, *own, "logprobs", "logit_bias"}
+    known = {"lora", *SAMPLING, *FORM, *IGNORED, *HARMLESS, *own, "logprobs", "logit_bias"}
     if unknown := sorted(body.keys() - known):
         raise UnsupportedError(f"unknown field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     for field, harmless in HARMLESS.items():
@@ -107,7 +109,7 @@ def _params(is_chat: bool, body: Mapping[str, Any]) -> SamplingParams:
         if not isinstance(bias, dict) or not all(str(token).isdecimal() for token in bias):
             raise RequestError("logit_bias must be an object of token ids and numbers")
         given["logit_bias"] = {int(token): value for token, value in bias.items()}
-    return SamplingParams(**given)
+    return SamplingParams(**given, structured_output=read_structured_output(body))
 
 
 def _prompt(value: object) -> str | list[int]:

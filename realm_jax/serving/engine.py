@@ -13,6 +13,7 @@ from realm_jax.buckets import Buckets
 from realm_jax.config import EngineConfig, Numerics
 from realm_jax.decoding import Guess, StepOutput, Strategy
 from realm_jax.errors import RequestError
+from realm_jax.grammars import Grammars, Verdict
 from realm_jax.lora import Adapter
 from realm_jax.model import Transformer
 from realm_jax.programs import Programs
@@ -97,6 +98,7 @@ class Engine:
         self._runner = Runner(strategy, model, params, self.buckets, programs or Programs(), on_compile)
         self._tokenizer = tokenizer
         self._vocab = model.config.vocab_size
+        self.grammars = Grammars(tokenizer, self._vocab)
         self.adapters = AdapterRegistry(
             self._runner, self.scheduler.adapters, model.config, numerics, config, spare
         )
@@ -124,13 +126,18 @@ class Engine:
     def add_request(self, request: Request) -> None:
         """The request runs with the next steps.
 
-        Raises RequestError if it cannot be served, CapacityError if too many wait.
+        Raises RequestError if it cannot be served, CapacityError if too many wait. A grammar is compiled here
+        if `grammars` has not done so before, which another thread may ask for.
         """
         if request.id in self._transcripts:
             raise RequestError(f"request id {request.id!r} is in use; choose another")
         self._check_token_ids(request)
         self.adapters.check(request.adapters)
+        form = request.params.structured_output
+        grammar = None if form is None else self.grammars.compile(form)
         sequences = self.scheduler.add(request)
+        for sequence in sequences:
+            sequence.matcher = None if grammar is None else grammar.matcher()
         self._transcripts[request.id] = [Transcript(sequence, self._tokenizer) for sequence in sequences]
         if request.timeout is not None:
             end = request.arrival + request.timeout
@@ -287,10 +294,22 @@ class Engine:
             text += transcript.push([token])
             if transcript.met_stop_string:
                 self.scheduler.finish(sequence, FinishReason.STOP)
+            self._advance(sequence, token)
         delta = transcript.delta(text, taken)
         if sequence.finish_reason is not None:
             self._forget(sequence.request.id)
         return delta
+
+    def _advance(self, sequence: Sequence, token: int) -> None:
+        """What may follow the token is known; the sequence has ended if nothing may."""
+        if sequence.matcher is None or sequence.finish_reason is FinishReason.STOP:
+            return
+        verdict = sequence.matcher.advance(token)
+        if verdict is Verdict.COMPLETE:
+            self.scheduler.finish(sequence, FinishReason.STOP)
+            sequence.finish_reason = FinishReason.STOP  # even where its last token was the last allowed
+        elif verdict is Verdict.STUCK:
+            self.scheduler.finish(sequence, FinishReason.ERROR)
 
     def _transcript(self, sequence: Sequence) -> Transcript:
         return self._transcripts[sequence.request.id][sequence.sample_index]
