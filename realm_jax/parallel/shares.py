@@ -225,7 +225,7 @@ def _columns(part: Stored, span: Span, numerics: Numerics, name: str) -> Stored:
     """Some columns of a matrix, in its own blocks or, where these are not kept, in float32."""
     block = BLOCK_SIZES[part.kind]
     if any(edge % block.elements for edge in (span.first, span.real, span.count)):
-        if part.layout(numerics) is Layout.TILES:
+        if part.layout(numerics) is Layout.BLOCKS:
             raise UnsupportedError(
                 f"{name} is {part.kind.name} in blocks of {block.elements} inputs, which a device's "
                 f"{span.count:,} inputs would cut (weights='dense', or a mesh of fewer devices)"
