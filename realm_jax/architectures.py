@@ -255,8 +255,7 @@ def _feed_forward(
             whole = part(name, E, out, into)
             return Part(whole.name, whole.shape, e)
 
-        expert = f"expert_{e}"
         yield Parameter(
-            at("mlp", expert, "gate_up", "kernel"), (mine("ffn_gate_exps", F, D), mine("ffn_up_exps", F, D))
+            at("mlp", "experts", "gate_up", str(e)), (mine("ffn_gate_exps", F, D), mine("ffn_up_exps", F, D))
         )
-        yield Parameter(at("mlp", expert, "down", "kernel"), (mine("ffn_down_exps", D, F),))
+        yield Parameter(at("mlp", "experts", "down", str(e)), (mine("ffn_down_exps", D, F),))

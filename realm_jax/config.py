@@ -126,7 +126,7 @@ class EngineConfig:
     kv_dtype: storage of the cache; "auto" follows `dtype`; "int8" has a scale per token and head.
     max_num_seqs: sequences that run at once; further requests wait.
     max_num_batched_tokens: prompt tokens in one prefill call, which is what running sequences wait for.
-    max_queue: sequences that may wait for a slot; None = no limit.
+    max_queue: sequences that may wait for a slot, and of each tenant its share of so many; None = no limit.
     prefix_caching: prompts that begin as an earlier one did reuse what was computed of it.
     deterministic: on every backend the same request gives the same bits whatever runs beside it, by one
       shape for all calls; on CPU that holds without it.

@@ -5,6 +5,10 @@
     ├── UnsupportedError   a valid thing that this version does not serve
     ├── RequestError       a bad parameter, or a prompt that does not fit
     ├── CapacityError      no room now: queue full, memory budget reached
+    │   └── LimitError     a tenant's own limit is reached; `retry_after` says when to come again
+    ├── AuthenticationError  nobody knows who asks: no API key, or one that does not count
+    ├── AccessError        the tenant is known and may not have this
+    ├── KeyFileError       the file of API keys is broken, or open to others
     └── DownloadError      a model reference could not be turned into a local file
 
 A message names the value, the limit and the remedy:
@@ -30,6 +34,26 @@ class RequestError(RealmError, ValueError):
 
 class CapacityError(RealmError):
     """The request is right but there is no room for it now."""
+
+
+class LimitError(CapacityError):
+    """The tenant's own limit is reached. retry_after: seconds after which the same may be asked again."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class AuthenticationError(RealmError):
+    """It is not known who asks. The message never has the key."""
+
+
+class AccessError(RealmError):
+    """The tenant may not have this: names the tenant and the thing."""
+
+
+class KeyFileError(RealmError):
+    """The file of API keys cannot be used: names the file and the remedy."""
 
 
 class DownloadError(RealmError):

@@ -100,15 +100,20 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        gate, up = jnp.split(Linear(2 * self.features, name="gate_up")(x), 2, axis=-1)
-        return Linear(x.shape[-1], name="down")(ACTIVATIONS[self.activation](gate) * up)
+        hidden = Linear(2 * self.features, name="gate_up")(x)
+        return Linear(x.shape[-1], name="down")(gated(hidden, self.activation))
+
+
+def gated(gate_up: Float[Array, "*lead twice_F"], activation: Activation) -> Float[Array, "*lead F"]:
+    """The second half of the features, let through as the first half says."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return ACTIVATIONS[activation](gate) * up
 
 
 class MoE(nn.Module):
     """Each token's best experts, weighted by the renormalized router (Mixtral, Jiang et al. 2024).
 
-    An expert that no row chose is skipped; one that some row chose runs over all rows, so that a row's
-    bits do not depend on what the others chose.
+    A row's bits do not depend on what the others chose.
     """
 
     config: ModelConfig
@@ -121,18 +126,8 @@ class MoE(nn.Module):
         best, chosen = jax.lax.top_k(logits, moe.num_used)
         share = jnp.exp(best - best[..., :1])  # softmax over all experts, renormalized: the same
         share = share / row_sum(share)[..., None]
-        out = jnp.zeros_like(x)
-        for e in range(moe.num_experts):
-            expert = MLP(c.ffn_size, c.activation, parent=None)
-            params = {"params": self.get_variable("params", f"expert_{e}")}
-            mine = row_sum(jnp.where(chosen == e, share, 0.0))[..., None]
-            out = out + jax.lax.cond(
-                jnp.any(mine > 0),
-                # not m * ...: where the expert overflows, 0 * inf would reach rows that did not choose it
-                lambda m=mine, n=expert, p=params: jnp.where(m > 0, m * n.apply(p, x), 0.0),
-                lambda: jnp.zeros_like(x),
-            )
-        return out
+        experts = weight(self, "experts", (moe.num_experts, x.shape[-1], c.ffn_size))
+        return experts.mix(x, chosen, share, lambda hidden: gated(hidden, c.activation))
 
 
 class Block(nn.Module):

@@ -3,13 +3,15 @@
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from realm_jax import hub, runtime, scoring, speculation
-from realm_jax.config import TILE, EngineConfig
+from realm_jax.config import EngineConfig
 from realm_jax.errors import RequestError
 from realm_jax.loading import LoadProgress, load_model
 from realm_jax.lora import read as read_adapter
@@ -26,6 +28,7 @@ from realm_jax.serving.request import (
     checked_scale,
     chosen_adapters,
     each_adapters,
+    leaders_first,
 )
 
 Prompt = str | Sequence[int]
@@ -163,9 +166,9 @@ class LLM:
         """The output as it comes; the last delta of each sample carries the whole."""
         return self._run([self._request(self.prompt_ids(prompt), params, chosen_adapters(lora))])
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation, up to where the model answers."""
-        text = self.model.require_template().render(messages)
+    def chat_prompt(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """The token ids of a conversation, up to where the model answers. variables: for the template."""
+        text = self.model.require_template().render(messages, **variables)
         ids = self.tokenizer.encode(text, add_special=False, parse_special=True)
         bos = self.tokenizer.bos_id
         if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
@@ -185,6 +188,19 @@ class LLM:
                 self.transformer, self.model.params, ids, self.model.numerics, bank, adapters
             )
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, lora: Adapters | Sequence[Adapters] = None
+    ) -> Float[np.ndarray, "N D"]:
+        """Each prompt's embedding: the mean of its tokens' hidden states after the last norm, of length 1."""
+        batch, params = _as_batch(prompts), SamplingParams(max_tokens=0)
+        adapters = each_adapters(lora, len(batch))
+        requests = [
+            replace(self._request(self.prompt_ids(prompt), params, mine), embeds=True)
+            for prompt, mine in zip(batch, adapters, strict=True)
+        ]
+        found = {d.request_id: d.output.embedding for d in self._run(requests) if d.output is not None}
+        return np.array([found[request.id] for request in requests], np.float32)
+
     def score(
         self, prompts: Prompt | Sequence[Prompt], continuations: Sequence[Prompt] | None = None
     ) -> list[Score]:
@@ -202,7 +218,7 @@ class LLM:
             pairs = [self._split(p, c) for p, c in zip(batch, continuations, strict=True)]
         requests = [self._score_request(*pair, whole=continuations is None) for pair in pairs]
         outputs: dict[str, GenerationOutput] = {}
-        for delta in self._run(_leaders_first(requests, self.engine.buckets.max_num_seqs)):
+        for delta in self._run(leaders_first(requests, self.engine.buckets.max_num_seqs)):
             if delta.output is not None:
                 outputs[delta.request_id] = delta.output
         whole = continuations is None
@@ -280,21 +296,6 @@ def _with_scale(given: str | Path | tuple[str | Path, float]) -> tuple[Path, flo
     """An adapter to fold and what its change is multiplied by."""
     path, scale = given if isinstance(given, tuple) else (given, 1.0)
     return Path(path), checked_scale(path, scale)
-
-
-def _leaders_first(requests: Sequence[Request], slots: int) -> list[Request]:
-    """One request of each group that shares all its reusable tiles, before the others of these groups.
-
-    What the first computes is there when the others come; few groups at a time, because it stays in the
-    slots only until these are taken.
-    """
-    groups: dict[tuple[int, ...], list[Request]] = {}
-    for request in requests:
-        shared = request.prompt_ids[: request.reusable // TILE * TILE]
-        groups.setdefault(shared, []).append(request)
-    ordered, at_a_time = [groups[shared] for shared in sorted(groups)], max(slots // 2, 1)
-    some = [ordered[i : i + at_a_time] for i in range(0, len(ordered), at_a_time)]
-    return [r for part in some for r in [*(g[0] for g in part), *(r for g in part for r in g[1:])]]
 
 
 def _score(output: GenerationOutput, start: int) -> Score:

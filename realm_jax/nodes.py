@@ -5,16 +5,18 @@ A node is a pytree with a logical `shape` (in, out), `__rmatmul__`, and, where i
 `native_nodes` has those of the C++ kernels.
 """
 
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from realm_jax.kernels import matmul, rms_norm
+from realm_jax.kernels import grouped_matmul, matmul, rms_norm
 from realm_jax.kernels.int8 import int8_matmul
+from realm_jax.kernels.quantized import grouped_quantized_matmul, quantized_matmul
 from realm_jax.kernels.tiles import TileFormat, tile_rows, tiles_matmul
+from realm_jax.kernels.words import WordFormat, word_rows
 from realm_jax.rope import angles, rotate
 
 
@@ -38,10 +40,14 @@ class Dense:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.weight.shape[1], self.weight.shape[0]
+        return self.weight.shape[-1], self.weight.shape[-2]
 
     def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
         return matmul(x, self.weight)
+
+    def grouped(self, x: Float[Array, "T M I"], expert: Int[Array, "T"]) -> Float[Array, "T M O"]:
+        """As `experts.Groupable`, of weights [E, O, I]."""
+        return grouped_matmul(x, self.weight, expert)
 
     def rows(self, ids: Int[Array, "*lead"]) -> Float[Array, "*lead I"]:
         """The rows of an embedding table, in float32."""
@@ -89,6 +95,32 @@ class Quantized:
 
 
 @struct.dataclass
+class Words:
+    """A matrix in GGML's own codes and scales, multiplied in `dtype` by the kernels for GPU and TPU."""
+
+    __array_ufunc__ = None
+
+    words: jax.Array  # int32 [units, height, O]
+    form: WordFormat = struct.field(pytree_node=False)
+    dtype: str = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.form.inputs, self.words.shape[-1]
+
+    def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
+        return quantized_matmul(x, self.words, self.form, dtype=self.dtype, kernels="pallas")
+
+    def grouped(self, x: Float[Array, "T M I"], expert: Int[Array, "T"]) -> Float[Array, "T M O"]:
+        """As `experts.Groupable`, of words [E, units, height, O]."""
+        return grouped_quantized_matmul(x, self.words, expert, self.form, dtype=self.dtype, kernels="pallas")
+
+    def rows(self, ids: Int[Array, "*lead"]) -> Float[Array, "*lead I"]:
+        """The rows of an embedding table, in float32."""
+        return word_rows(self.words, self.form, ids)
+
+
+@struct.dataclass
 class Int8:
     """A matrix rounded to int8 under a scale for each chunk of inputs, multiplied in int8."""
 
@@ -120,6 +152,11 @@ class Stacked:
 
     def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
         return jnp.concatenate([x @ part for part in self.parts], axis=-1)
+
+    def grouped(self, x: Float[Array, "T M I"], expert: Int[Array, "T"]) -> Float[Array, "T M O"]:
+        """As `experts.Groupable`, where the parts are."""
+        parts: tuple[Any, ...] = self.parts
+        return jnp.concatenate([part.grouped(x, expert) for part in parts], axis=-1)
 
 
 @struct.dataclass

@@ -11,6 +11,8 @@ from realm_jax.errors import RequestError
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKENS = 64
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,11 @@ class SamplingParams:
                 _check_integer(name, getattr(self, name), low, high)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+        if len(self.stop) > MAX_STOPS:
+            raise RequestError(f"stop has {len(self.stop)} strings; the limit is {MAX_STOPS}")
         for stop in self.stop:
+            if isinstance(stop, str) and len(stop) > MAX_STOP_LENGTH:
+                raise RequestError(f"stop has a string of {len(stop):,} characters; the limit is 1,024")
             if not isinstance(stop, str) or not stop:
                 raise RequestError(f"stop has {stop!r}; each must be a string with at least one character")
         _check_token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS)

@@ -1,25 +1,28 @@
 """What lies in a file -> weight nodes, stored and multiplied as a run's numerics say."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import groupby
+from math import prod
 
 import jax
 import ml_dtypes
 import numpy as np
 
 from realm_jax.config import Numerics, RopeConfig
+from realm_jax.experts import Experts, joined
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.kernels.native.tiling import tile_into
-from realm_jax.kernels.tiles import BLOCK_INPUTS, LANES, TileFormat
+from realm_jax.kernels.tiles import BLOCK_INPUTS, LANES
 from realm_jax.native_nodes import NativeDense, NativeQuantized, NativeRotary, NativeScale
-from realm_jax.nodes import Dense, Int8, Kernel, Quantized, Rotary, Scale, Stacked
+from realm_jax.nodes import Dense, Int8, Kernel, Quantized, Rotary, Scale, Stacked, Words
 from realm_jax.quant import FORMATS, BlockFormat, checked_type, dequantize, dequantize_into
 from realm_jax.quant.chunks import CHUNK
 from realm_jax.quant.containers import Packed, pack
 from realm_jax.quant.int8 import chunk_inputs, quantize_q8_0, round_chunks
 from realm_jax.quant.tiling import tile, tile_format
+from realm_jax.quant.wording import word_format, words
 from realm_jax.rope import frequencies
 
 NUMBERS = (GGMLType.F64, GGMLType.F32, GGMLType.F16, GGMLType.BF16)
@@ -30,8 +33,8 @@ class Layout(Enum):
     """How a matrix is stored."""
 
     DENSE = auto()
-    TILES = auto()  # the file's own codes
-    ROUNDED_TILES = auto()  # Q8_0, made of plain numbers
+    BLOCKS = auto()  # the file's own codes
+    ROUNDED_BLOCKS = auto()  # Q8_0, made of plain numbers
     CHUNKS = auto()  # int8 codes for XLA
 
 
@@ -56,9 +59,9 @@ class Stored:
         if numerics.weights == "dense" or inputs % BLOCK_INPUTS:
             return Layout.DENSE
         if isinstance(FORMATS[self.kind], BlockFormat):
-            return Layout.TILES
+            return Layout.BLOCKS
         is_rounded = numerics.weights == "int8" and self.kind in NUMBERS
-        return Layout.ROUNDED_TILES if is_rounded else Layout.DENSE
+        return Layout.ROUNDED_BLOCKS if is_rounded else Layout.DENSE
 
 
 def projection(parts: Sequence[Stored], numerics: Numerics) -> Kernel:
@@ -68,11 +71,11 @@ def projection(parts: Sequence[Stored], numerics: Numerics) -> Kernel:
 
 
 def _runs(parts: Sequence[Stored], numerics: Numerics) -> Iterator[tuple[Layout, list[Stored]]]:
-    """Neighbours that one node holds: tiles have codes of one type."""
+    """Neighbours that one node holds: blocks are of one type."""
 
     def alike(part: Stored) -> tuple[Layout, GGMLType | None]:
         layout = part.layout(numerics)
-        return layout, part.kind if layout is Layout.TILES else None
+        return layout, part.kind if layout is Layout.BLOCKS else None
 
     return ((layout, list(run)) for (layout, _), run in groupby(parts, alike))
 
@@ -81,12 +84,23 @@ def _node(layout: Layout, parts: list[Stored], numerics: Numerics) -> Kernel:
     match layout:
         case Layout.DENSE:
             return _dense(parts, numerics)
-        case Layout.TILES:
-            return _tiles(parts, numerics)
-        case Layout.ROUNDED_TILES:
-            return _rounded_tiles(parts, numerics)
+        case Layout.BLOCKS:
+            return _blocks(parts, numerics)
+        case Layout.ROUNDED_BLOCKS:
+            return _rounded_blocks(parts, numerics)
         case Layout.CHUNKS:
             return _chunks(parts)
+
+
+def experts(each: Mapping[str, Mapping[str, Kernel]], numerics: Numerics) -> Experts:
+    """The experts of a layer as one node, of "gate_up" and "down" of each by number.
+
+    Stacked for the kernels of GPU and TPU, and for XLA there. On a CPU each stays by itself: its kernels know
+    one matrix, and XLA multiplies groups there by all experts.
+    """
+    is_device = numerics.kernels == "pallas" or jax.default_backend() != "cpu"
+    gate_up, down = (list(each[name].values()) for name in ("gate_up", "down"))
+    return joined(gate_up, down, grouped=is_device)
 
 
 def scale(vector: np.ndarray, numerics: Numerics) -> Scale:
@@ -116,28 +130,27 @@ def _planned(layout: Layout, parts: list[Stored], numerics: Numerics) -> int:
             assert chunk is not None
             return rows * (inputs + inputs // chunk * 4)
         case _:
-            kind = parts[0].kind if layout is Layout.TILES else GGMLType.Q8_0
-            return -(-rows // LANES) * _tile_format(kind, inputs).record
+            kind = parts[0].kind if layout is Layout.BLOCKS else GGMLType.Q8_0
+            return prod(_array_kind(numerics).shape(_zero_row(kind, inputs), rows))
 
 
-def _tiles(parts: list[Stored], numerics: Numerics) -> Quantized:
+def _blocks(parts: list[Stored], numerics: Numerics) -> Kernel:
     """Parts of one type: their blocks one after another are those of one matrix."""
     data = parts[0].data if len(parts) == 1 else np.concatenate([part.data.reshape(-1) for part in parts])
     kind, shape = parts[0].kind, (sum(part.shape[0] for part in parts), parts[0].shape[1])
     checked_type(data, kind, shape)
-    form, tiles = _empty_tiles(kind, shape)
-    _fill_tiles(tiles, data, kind, shape)
-    return _quantized_node(numerics)(jax.device_put(tiles), form=form, outputs=shape[0])
+    array = _array_kind(numerics)(kind, shape)
+    array.fill(0, data, shape[0])
+    return array.node(numerics)
 
 
-def _rounded_tiles(parts: list[Stored], numerics: Numerics) -> Quantized:
+def _rounded_blocks(parts: list[Stored], numerics: Numerics) -> Kernel:
     """Parts of plain numbers, rounded to Q8_0."""
     shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
-    form, tiles = _empty_tiles(GGMLType.Q8_0, shape)
+    array = _array_kind(numerics)(GGMLType.Q8_0, shape)
     for first, values in _slices(parts):
-        mine = tiles[first // LANES : -(-(first + len(values)) // LANES)]
-        _fill_tiles(mine, quantize_q8_0(values), GGMLType.Q8_0, values.shape)
-    return _quantized_node(numerics)(jax.device_put(tiles), form=form, outputs=shape[0])
+        array.fill(first, quantize_q8_0(values), len(values))
+    return array.node(numerics)
 
 
 def _chunks(parts: list[Stored]) -> Int8:
@@ -157,11 +170,16 @@ def _chunks(parts: list[Stored]) -> Int8:
 
 
 def _slices(parts: list[Stored]) -> Iterator[tuple[int, np.ndarray]]:
-    """The parts' rows in float32, a few whole tiles at a time, each time with the first row's number."""
-    rows, inputs = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    """The parts' rows in float32, a few at a time, each time with the first row's number."""
+    for first, last in _spans((sum(part.shape[0] for part in parts), parts[0].shape[1])):
+        yield first, _values(parts, first, last)
+
+
+def _spans(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Neighbouring rows of such a matrix, whole tiles of them, that fit a processor's cache."""
+    rows, inputs = shape
     step = LANES * max(1, CHUNK // (LANES * inputs))
-    for first in range(0, rows, step):
-        yield first, _values(parts, first, min(rows, first + step))
+    return ((first, min(rows, first + step)) for first in range(0, rows, step))
 
 
 def _values(parts: list[Stored], first: int, last: int) -> np.ndarray:
@@ -175,25 +193,64 @@ def _values(parts: list[Stored], first: int, last: int) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def _empty_tiles(kind: GGMLType, shape: tuple[int, int]) -> tuple[TileFormat, np.ndarray]:
-    form = _tile_format(kind, shape[1])
-    return form, _aligned_empty((-(-shape[0] // LANES), form.record), np.dtype(np.uint8))
+class _Tiles:
+    """A matrix in tiles, for the C++ kernels and plain formulas."""
+
+    def __init__(self, kind: GGMLType, shape: tuple[int, int]) -> None:
+        self._kind, self._shape = kind, shape
+        self._form = tile_format(_zero_row(kind, shape[1]))
+        self._array = _aligned_empty(self.shape(_zero_row(kind, shape[1]), shape[0]), np.dtype(np.uint8))
+
+    @staticmethod
+    def shape(row: Packed, rows: int) -> tuple[int, int]:
+        """Of the array for so many rows; in bytes, as `_Words.shape`."""
+        return -(-rows // LANES), tile_format(row).record
+
+    def fill(self, first: int, data: np.ndarray, rows: int) -> None:
+        """The rows from `first` on, which begins a tile, are those in `data`."""
+        tiles = self._array[first // LANES : -(-(first + rows) // LANES)]
+        shape = (rows, self._shape[1])
+        if not tile_into(tiles, data, self._kind, shape):
+            tiles[:] = tile(_packed(data, self._kind, shape))[0]
+
+    def node(self, numerics: Numerics) -> Kernel:
+        kind = NativeQuantized if numerics.kernels == "native" else Quantized
+        return kind(jax.device_put(self._array), form=self._form, outputs=self._shape[0])
 
 
-def _fill_tiles(tiles: np.ndarray, data: np.ndarray, kind: GGMLType, shape: tuple[int, int]) -> None:
-    if not tile_into(tiles, data, kind, shape):
-        tiles[:] = tile(_packed(data, kind, shape))[0]
+class _Words:
+    """A matrix in words, for the GPU and TPU kernels."""
+
+    def __init__(self, kind: GGMLType, shape: tuple[int, int]) -> None:
+        self._kind, self._inputs = kind, shape[1]
+        self._form = word_format(_zero_row(kind, shape[1]))
+        self._array = np.empty((self._form.units, self._form.height, shape[0]), np.int32)
+
+    @staticmethod
+    def shape(row: Packed, rows: int) -> tuple[int, int]:
+        """Of the array for so many rows, in bytes."""
+        form = word_format(row)
+        return form.units * form.height, 4 * rows
+
+    def fill(self, first: int, data: np.ndarray, rows: int) -> None:
+        """The rows from `first` on are those in `data`."""
+        blocks = data.reshape(rows, -1)
+        for low, high in _spans((rows, self._inputs)):
+            packed = _packed(blocks[low:high].reshape(-1), self._kind, (high - low, self._inputs))
+            self._array[:, :, first + low : first + high] = words(packed)
+
+    def node(self, numerics: Numerics) -> Kernel:
+        return Words(jax.device_put(self._array), form=self._form, dtype=numerics.dtype)
 
 
-def _quantized_node(numerics: Numerics) -> type[Quantized]:
-    return NativeQuantized if numerics.kernels == "native" else Quantized
+def _array_kind(numerics: Numerics) -> type[_Tiles] | type[_Words]:
+    return _Words if numerics.kernels == "pallas" else _Tiles
 
 
-def _tile_format(kind: GGMLType, inputs: int) -> TileFormat:
-    """What the tiles of this type are made of: a row of zeros shows it."""
+def _zero_row(kind: GGMLType, inputs: int) -> Packed:
+    """A row of zeros of this type: it shows what layouts are made of."""
     block = BLOCK_SIZES[kind]
-    row = np.zeros(inputs // block.elements * block.nbytes, np.uint8)
-    return tile_format(_packed(row, kind, (1, inputs)))
+    return _packed(np.zeros(inputs // block.elements * block.nbytes, np.uint8), kind, (1, inputs))
 
 
 def _packed(data: np.ndarray, kind: GGMLType, shape: tuple[int, int]) -> Packed:

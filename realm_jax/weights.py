@@ -56,6 +56,10 @@ def load(
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for parameter, node in zip(present, pool.map(load, present), strict=True):
             _put(params, parameter.path, node)
+    join = partial(projections.experts, numerics=numerics)
+    for layer in params.values():
+        if "experts" in (mlp := layer.get("mlp", {}) if isinstance(layer, dict) else {}):
+            mlp["experts"] = placement.each(join, mlp["experts"])
     params.setdefault("head", params["embedding"])  # tied
     return params
 
@@ -93,7 +97,7 @@ def _numerics_of(p: Parameter, numerics: Numerics) -> Numerics:
     """
     if numerics.weights != "int8":
         return numerics
-    if numerics.kernels == "native":
+    if numerics.kernels in ("native", "pallas"):
         return replace(numerics, weights="quantized") if "router" in p.path else numerics
     is_spared = {"router", "down", "head", "embedding"} & set(p.path)
     return replace(numerics, weights="dense") if is_spared else numerics

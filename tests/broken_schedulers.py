@@ -92,8 +92,9 @@ class LetsInTooMany(Scheduler):
 class IgnoresPriority(Scheduler):
     def add(self, request: Request) -> list[Sequence]:
         sequences = super().add(request)
-        self._waiting = [(0, order, sequence) for _, order, sequence in self._waiting]
-        heapq.heapify(self._waiting)
+        for account in self.queue._accounts.values():
+            account.line = [(0, order, sequence) for _, order, sequence in account.line]
+            heapq.heapify(account.line)
         return sequences
 
 
@@ -101,21 +102,22 @@ class PassesOver(Scheduler):
     """Where the first that waits does not fit, the second is let in."""
 
     def _admit(self) -> None:
-        live = sorted(each for each in self._waiting if each[2].finish_reason is None)
-        if len(live) > 1 and self._place_for(live[0][2]) is None:
-            self._waiting = [(live[1][0], live[0][1], live[1][2]), (live[1][0], live[1][1], live[0][2])]
-            self._waiting += live[2:]
-            heapq.heapify(self._waiting)
+        for account in self.queue._accounts.values():
+            live = sorted(each for each in account.line if each[2].finish_reason is None)
+            if len(live) > 1 and self._place_for(live[0][2]) is None:
+                (second, first, later), (_, _, sooner) = live[1], live[0]
+                account.line = [(second, live[0][1], later), (second, first, sooner), *live[2:]]
+                heapq.heapify(account.line)
         super()._admit()
 
 
 class CountsTheQueueWrong(Scheduler):
-    def _check_queue(self, count: int) -> None:
-        super()._check_queue(count - 1)
+    def _check_queue(self, request: Request, count: int) -> None:
+        super()._check_queue(request, count - 1)
 
 
 class RefusesWhileSlotsAreFree(Scheduler):
-    def _check_queue(self, count: int) -> None:
+    def _check_queue(self, request: Request, count: int) -> None:
         if self._max_queue is not None and self.num_waiting + count > self._max_queue:
             raise CapacityError("the queue is full")
 
@@ -124,7 +126,7 @@ class CountsTheAborted(Scheduler):
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         was_waiting = sequence.finish_reason is None and sequence.slot is None
         super().finish(sequence, reason)
-        self.num_waiting += was_waiting
+        self.queue.num_waiting += was_waiting
 
 
 class CutsToFill(Scheduler):

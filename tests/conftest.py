@@ -17,6 +17,7 @@ SHAPED = (
         "cache",
         "decoding",
         "drafters",
+        "experts",
         "kernels",
         "layers",
         "lora",

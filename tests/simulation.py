@@ -84,6 +84,9 @@ class Simulation:
         most, running = self.scenario.max_queue, len(self.device.running)
         room = max(self.scenario.max_num_seqs - running, 0)
         fits = most is None or len(self.queue) + arrival.n <= most + room
+        waiting = Counter(sequence.request.tenant for sequence in self.queue)
+        if most is not None and arrival.n + waiting[request.tenant] <= most / len({*waiting, request.tenant}):
+            fits = True  # however many of others wait
         try:
             sequences = self.scheduler.add(request)
         except (CapacityError, RequestError) as error:
@@ -176,22 +179,30 @@ class Simulation:
 
     def can_admit(self) -> bool:
         """Whether the first that waits may run, and there is not yet work for a whole call."""
-        if not self.queue or self.device.pool_for(self.queue[0]) is None:
-            return False
-        if not self.device.has_bank_for(self.queue[0]):
+        candidates = list(self.scheduler.queue.candidates())
+        slots = min(sum(pool.slots for pool in self.device.pools), self.scenario.max_num_seqs)
+        if len({each.request.tenant for each in self.scripts}) == 1 and len(self.device.running) < slots:
+            assert candidates == self.queue[:1], "one tenant has all slots, and its own order"
+        return any(self.fits(sequence) for sequence in candidates)
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Whether it could run, and there is not yet work for a whole call."""
+        if self.device.pool_for(sequence) is None or not self.device.has_bank_for(sequence):
             return False
         return self.device.tiles_left() < self.device.most_tiles
 
     def admit(self, plan: Plan | None) -> bool:
         """All that the scheduler let in hold slots of the device, too; whether there were any."""
         admitted = [sequence for sequence in self.queue if sequence.slot is not None]
+        admitted.sort(key=lambda sequence: getattr(self.scheduler._slot_of(sequence), "used", 0))
         for sequence in admitted:
-            assert sequence is self.queue[0], "not by priority, then arrival"
-            assert self.can_admit(), "let in before its tiles are wanted"
+            mine = [each for each in self.queue if each.request.tenant == sequence.request.tenant]
+            assert sequence is mine[0], "not by priority, then arrival"
+            assert self.fits(sequence), "let in before its tiles are wanted"
             is_copied = isinstance(plan, Copy) and sequence is admitted[-1]
             copies = self.device.enter(sequence, self.scripts[sequence], plan if is_copied else None)
             assert all(self.scheduler.schedule() == copy for copy in copies), "a copy does not come"
-            del self.queue[0]
+            self.queue.remove(sequence)
         assert isinstance(plan, Copy) or not self.can_admit(), "waits although it could run"
         return bool(admitted)
 

@@ -15,7 +15,18 @@ ROOT = PACKAGE.parent
 
 FLOORS = {
     0: {"errors", "config", "buckets", "ggml", "params", "serving"},  # serving/__init__.py imports nothing
-    1: {"lora", "quant", "nodes", "native_nodes", "kernels", "rope", "cache", "sampling", "sampling_rows"}
+    1: {
+        "lora",
+        "quant",
+        "nodes",
+        "native_nodes",
+        "experts",
+        "kernels",
+        "rope",
+        "cache",
+        "sampling",
+        "sampling_rows",
+    }
     | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
     3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring"}
@@ -23,6 +34,7 @@ FLOORS = {
         f"serving.{name}"
         for name in (
             "scheduler",
+            "fairness",
             "plans",
             "slots",
             "adapters",
@@ -34,10 +46,14 @@ FLOORS = {
     },
     4: {f"serving.{name}" for name in ("engine", "registry", "runner", "packing", "stopwatch")},
     5: {"llm", "speculation", "perplexity", "research", "training", "evaluation", "benchmark"}
-    | {f"serving.{name}" for name in ("server", "batch", "bodies", "keys", "metrics")},
+    | {
+        f"serving.{name}"
+        for name in ("server", "serve_config", "batch", "bodies", "answers", "keys", "metrics")
+    },
     6: {"cli", "__main__"},
 }
 WITHIN_A_FLOOR = {
+    ("serving.server", "serving.keys"),
     ("lora", "quant"),
     ("lora", "kernels"),
     ("lora", "nodes"),
@@ -45,6 +61,8 @@ WITHIN_A_FLOOR = {
     ("quant", "kernels"),
     ("nodes", "kernels"),
     ("nodes", "rope"),
+    ("experts", "kernels"),
+    ("experts", "nodes"),
     ("native_nodes", "nodes"),
     ("native_nodes", "kernels"),
     ("runtime", "kernels"),
@@ -62,6 +80,8 @@ WITHIN_A_FLOOR = {
     ("model", "layers"),
     ("weights", "architectures"),
     ("serving.scheduler", "serving.request"),
+    ("serving.scheduler", "serving.fairness"),
+    ("serving.fairness", "serving.request"),
     ("serving.scheduler", "serving.slots"),
     ("serving.scheduler", "serving.plans"),
     ("serving.scheduler", "serving.drafting"),
@@ -83,10 +103,12 @@ WITHIN_A_FLOOR = {
     ("perplexity", "llm"),
     ("buckets", "config"),
     ("cache", "kernels"),
-    ("serving.scheduler", "serving.tenants"),
     ("serving.transcript", "serving.request"),
     ("serving.batch", "llm"),
     ("serving.batch", "serving.bodies"),
+    ("serving.batch", "serving.answers"),
+    ("serving.answers", "serving.bodies"),
+    *(("serving.server", unit) for unit in ("llm", "serving.bodies", "serving.answers")),
     ("serving.bodies", "llm"),
     ("evaluation", "llm"),
     ("benchmark", "llm"),

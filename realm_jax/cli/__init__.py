@@ -21,6 +21,7 @@ from realm_jax.cli import (
     models,
     perplexity,
     score,
+    serve,
     tokenize,
 )
 from realm_jax.cli import eval as evaluation
@@ -49,6 +50,7 @@ app.command("inspect")(command(inspect.inspect))
 app.command("doctor")(command(doctor.doctor))
 app.add_typer(models.app, name="models")
 app.add_typer(lora.app, name="lora")
+app.add_typer(serve.app, name="serve")
 
 
 def _version(wanted: bool) -> bool:

@@ -3,10 +3,11 @@
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
 
 from realm_jax.cli.options import EngineFlags, SamplingFlags, adapters, memory_bytes
 from realm_jax.cli.text import size
@@ -24,13 +25,22 @@ FILE_SAMPLING = {
 }
 
 
+class Progress(Protocol):
+    """Who hears how far loading is, and what it has to say."""
+
+    def loading(self, done: int, total: int) -> None: ...
+    def loaded(self) -> None: ...
+    def compiling(self, program: str) -> None: ...
+    def notice(self, text: str) -> None: ...
+
+
 class Status:
     """Progress on stderr: a bar and a changing line on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._spinner = self._console.status("") if self._console.is_terminal else None
-        self._progress: Progress | None = None
+        self._progress: Bar | None = None
         self._task: TaskID | None = None
         self._is_answering = False
 
@@ -43,7 +53,7 @@ class Status:
             return
         if self._progress is None:
             columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._progress = Bar(*columns, console=self._console, transient=True)
             self._progress.start()
             self._task = self._progress.add_task("loading", total=total)
         assert self._task is not None
@@ -62,6 +72,10 @@ class Status:
             self._spinner.update(f"compiling {program}")
             self._spinner.start()
 
+    def notice(self, text: str) -> None:
+        """Something that the user should know."""
+        print(f"note: {text}", file=sys.stderr)
+
     def waiting(self) -> None:
         """Progress may be shown."""
         self._is_answering = False
@@ -73,8 +87,8 @@ class Status:
             self._spinner.stop()
 
 
-def open_model(flags: EngineFlags, status: Status, *, names_adapters: bool = False, **config: Any) -> LLM:
-    """The model, loaded with progress on stderr.
+def open_model(flags: EngineFlags, status: Progress, *, names_adapters: bool = False, **config: Any) -> LLM:
+    """The model, loaded with progress to `status`.
 
     names_adapters: whether requests can name adapters. config: further fields of `EngineConfig`.
     """
@@ -90,7 +104,7 @@ def open_model(flags: EngineFlags, status: Status, *, names_adapters: bool = Fal
             options.pop("model"),
             on_load=status.loading,
             on_compile=status.compiling,
-            on_notice=lambda notice: print(f"note: {notice}", file=sys.stderr),
+            on_notice=status.notice,
             **options,
         )
     finally:

@@ -28,18 +28,20 @@ def attention(
     softcap: float | None,
     window: int | None,
     kernels: Kernels = "xla",
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal attention of each query to its slot's cache positions up to its own, in float32.
 
     A query at position p sees positions max(0, p - window + 1) .. p; one at or past the capacity is idle
     and gets garbage. k, v: float32, bf16, bf16's bits in uint16, or int8 codes to be multiplied by their
-    scales. slots: None where row b is slot b.
+    scales. slots: None where row b is slot b. sinks: a score per head, of a position of no value that every
+    query sees too; neither scaled nor capped.
     """
-    kept = (q, k, v, k_scale, v_scale, slots, positions)
+    kept = (q, k, v, k_scale, v_scale, slots, positions, sinks)
     return _attention(*kept, scale, softcap, window, kernels)  # pyright: ignore[reportReturnType]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10, 11))
 def _attention(
     q: Array,
     k: Array,
@@ -48,14 +50,14 @@ def _attention(
     v_scale: Array | None,
     slots: Array | None,
     positions: Array,
+    sinks: Array | None,
     scale: float,
     softcap: float | None,
     window: int | None,
     kernels: Kernels,
 ) -> Array:
-    return _IMPLEMENTATIONS[kernels](
-        q, k, v, k_scale, v_scale, slots, positions, scale=scale, softcap=softcap, window=window
-    )
+    how = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
+    return _IMPLEMENTATIONS[kernels](q, k, v, k_scale, v_scale, slots, positions, **how)
 
 
 def _pallas(*arrays: Any, **how: Any) -> Array:
@@ -80,9 +82,11 @@ def _forward(
     v_scale: None,
     slots: Array | None,
     positions: Array,
+    sinks: Array | None,
     *how: Any,
 ) -> tuple[Array, tuple[Array | None, ...]]:
-    return _attention(q, k, v, k_scale, v_scale, slots, positions, *how), (q, k, v, slots, positions)  # pyright: ignore[reportReturnType]
+    out = _attention(q, k, v, k_scale, v_scale, slots, positions, sinks, *how)
+    return out, (q, k, v, slots, positions, sinks)  # pyright: ignore[reportReturnType]
 
 
 def _backward(
@@ -94,19 +98,19 @@ def _backward(
     cotangent: Array,
 ) -> tuple[Array | None, ...]:
     """The gradient of the plain formula: a kernel, or a loop whose length is data, has none of its own."""
-    q, k, v, slots, positions = kept
+    q, k, v, slots, positions, sinks = kept
     rows = jnp.arange(q.shape[0], dtype=jnp.int32) if slots is None else slots
     if not jnp.issubdtype(k.dtype, jnp.floating):
         raise UnsupportedError(
             f"gradients cannot pass a cache of {k.dtype}; use dtype='float32', kv_dtype='float32'"
         )
 
-    def plain(q: Array, k: Array, v: Array) -> Array:
-        how = {"scale": scale, "softcap": softcap, "window": window}
+    def plain(q: Array, k: Array, v: Array, sinks: Array | None) -> Array:
+        how = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
         return reference.attention(q, k[rows], v[rows], positions, **how)
 
-    dq, dk, dv = jax.vjp(plain, q, k, v)[1](cotangent)
-    return dq, dk, dv, None, None, None, None
+    dq, dk, dv, dsinks = jax.vjp(plain, q, k, v, sinks)[1](cotangent)
+    return dq, dk, dv, None, None, None, None, dsinks
 
 
 _attention.defvjp(_forward, _backward)

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from realm_jax.config import BLOCK, MIN_ROWS
-from realm_jax.kernels.reference import decode, pad_axis, product, row_sum, stack_heads, unstack_heads
+from realm_jax.kernels.reference import (
+    decode,
+    pad_axis,
+    product,
+    row_sum,
+    stack_heads,
+    stack_sinks,
+    unstack_heads,
+)
 
 HIDDEN = -1e30
 """The score of a position that a query does not see: its weight is exactly 0."""
@@ -25,6 +33,7 @@ def attention(
     scale: float,
     softcap: float | None,
     window: int | None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """As `kernels.attention`.
 
@@ -56,9 +65,17 @@ def attention(
         return new, total, out * rescale[..., None] + part
 
     M = stacked.shape[2]
-    state = (jnp.full((B, K, M), HIDDEN), jnp.zeros((B, K, M)), jnp.zeros((B, K, M, H)))
+    state = (*_seen_before(sinks, (B, K, M), T), jnp.zeros((B, K, M, H)))
     _, total, out = jax.lax.fori_loop(*_blocks(positions, C, window), block, state)
     return unstack_heads((out / total[..., None])[:, :, : N // K * T], T)
+
+
+def _seen_before(sinks: Array | None, shape: tuple[int, int, int], T: int) -> tuple[Array, Array]:
+    """The maximum and the total before any block: a sink counts as a position of no value."""
+    if sinks is None:
+        return jnp.full(shape, HIDDEN), jnp.zeros(shape)
+    best = pad_axis(stack_sinks(sinks, shape[1], T), 2, shape[2])
+    return jnp.broadcast_to(best, shape), jnp.ones(shape)
 
 
 def _blocks(positions: Int[Array, "B T"], capacity: int, window: int | None) -> tuple[Array, Array]:
@@ -90,4 +107,4 @@ def _take(x: Array, slots: Int[Array, "B"] | None, rows: int, block: Int[Array, 
 
 def _arithmetic(k: Array) -> jnp.dtype:
     """The type in which a cache's numbers are multiplied."""
-    return jnp.dtype(jnp.float32 if k.dtype == jnp.float32 else jnp.bfloat16)
+    return k.dtype if jnp.issubdtype(k.dtype, jnp.floating) else jnp.dtype(jnp.bfloat16)

@@ -49,6 +49,26 @@ def matmul(x: Float[Array, "*lead I"], weight: Float[Array, "O I"]) -> Float[Arr
     return y.reshape(*x.shape[:-1], weight.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def grouped_matmul(
+    x: Float[Array, "T M I"], weight: Float[Array, "E O I"], expert: Int[Array, "T"]
+) -> Float[Array, "T M O"]:
+    """`x[t] @ weight[expert[t]].T` in float32, from inputs in the weight's type; experts in ascending order.
+
+    Tiles of expert -1 come last; what stands for them is garbage.
+    """
+    T, M, I = x.shape  # noqa: E741
+    E = weight.shape[0]
+    sizes = M * (expert[:, None] == jnp.arange(E, dtype=expert.dtype)[None]).sum(axis=0, dtype=jnp.int32)
+    y = jax.lax.ragged_dot(
+        x.reshape(T * M, I).astype(weight.dtype),
+        weight.swapaxes(1, 2),
+        sizes,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return y.reshape(T, M, -1)
+
+
 @jax.custom_vjp
 def _matmul(x: Array, weight: Array) -> Array:
     rows = pad_axis(x.astype(weight.dtype), 0, MIN_ROWS)
@@ -89,10 +109,12 @@ def attention(
     scale: float,
     softcap: float | None,
     window: int | None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal attention of each query to the cache positions up to its own, in float32.
 
     A query at position p sees positions max(0, p - window + 1) .. p. The plain formula, differentiable.
+    sinks: a score per head that joins the softmax without a value.
     """
     T, N = q.shape[1:3]
     K, C = k.shape[1:3]
@@ -102,9 +124,13 @@ def attention(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(_visible(at, C, window)[:, None], scores, -1e30)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    out = product("bkmc,bkch->bkmh", weights.astype(v.dtype), v) / row_sum(weights)[..., None]
-    return unstack_heads(out, T)
+    best = scores.max(axis=-1)
+    sink = None if sinks is None else stack_sinks(sinks, K, T)
+    best = best if sink is None else jnp.maximum(best, sink)
+    weights = jnp.exp(scores - best[..., None])
+    total = row_sum(weights)
+    total = total if sink is None else total + jnp.exp(sink - best)
+    return unstack_heads(product("bkmc,bkch->bkmh", weights.astype(v.dtype), v) / total[..., None], T)
 
 
 def cached_attention(
@@ -119,6 +145,7 @@ def cached_attention(
     scale: float,
     softcap: float | None,
     window: int | None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """As `kernels.attention`: each row's slot is taken out of the cache, and the plain formula follows."""
     rows = jnp.arange(q.shape[0], dtype=jnp.int32) if slots is None else slots
@@ -126,7 +153,8 @@ def cached_attention(
     if k_scale is not None and v_scale is not None:
         keys = keys.astype(jnp.float32) * k_scale[rows][..., None]
         values = values.astype(jnp.float32) * v_scale[rows][..., None]
-    return attention(q, keys, values, positions, scale=scale, softcap=softcap, window=window)
+    how = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
+    return attention(q, keys, values, positions, **how)
 
 
 def decode(x: Array) -> Array:
@@ -147,6 +175,11 @@ def unstack_heads(out: Float[Array, "B K M H"], T: int) -> Float[Array, "B T N H
     """`stack_heads` undone, for T tokens."""
     B, K, M, H = out.shape
     return out.reshape(B, K, M // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, H)
+
+
+def stack_sinks(sinks: Float[Array, "N"], kv_heads: int, T: int) -> Float[Array, "1 K M"]:
+    """The sink of each row of `stack_heads`."""
+    return jnp.repeat(sinks.astype(jnp.float32).reshape(1, kv_heads, -1), T, axis=2)
 
 
 def _visible(at: Int[Array, "B M"], capacity: int, window: int | None) -> Array:

@@ -181,7 +181,7 @@ class Share(Whole):
         match p.path:
             case (*_, "out", "kernel"):
                 return self.division.heads(self.index).times(c.head_dim)
-            case (*_, "down", "kernel"):
+            case (*_, "down", "kernel") | (*_, "experts", "down", _):
                 return _even(c.ffn_size, n, self.index)
         return None
 
@@ -208,7 +208,7 @@ class Share(Whole):
                 q, kv = d.heads(self.index).times(c.head_dim), d.kv_heads(self.index).times(c.head_dim)
                 each = c.num_kv_heads * c.head_dim
                 return [(c.num_heads * c.head_dim, q), (each, kv), (each, kv)]
-            case (*_, "gate_up", "kernel"):
+            case (*_, "gate_up", "kernel") | (*_, "experts", "gate_up", _):
                 return [(c.ffn_size, _even(c.ffn_size, d.devices, self.index))] * 2
             case ("embedding",) | ("head",):
                 return [(c.vocab_size, _even(c.vocab_size, d.devices, self.index))]
@@ -225,7 +225,7 @@ def _columns(part: Stored, span: Span, numerics: Numerics, name: str) -> Stored:
     """Some columns of a matrix, in its own blocks or, where these are not kept, in float32."""
     block = BLOCK_SIZES[part.kind]
     if any(edge % block.elements for edge in (span.first, span.real, span.count)):
-        if part.layout(numerics) is Layout.TILES:
+        if part.layout(numerics) is Layout.BLOCKS:
             raise UnsupportedError(
                 f"{name} is {part.kind.name} in blocks of {block.elements} inputs, which a device's "
                 f"{span.count:,} inputs would cut (weights='dense', or a mesh of fewer devices)"

@@ -16,7 +16,8 @@ from typing import IO, Any
 from realm_jax import __version__
 from realm_jax.errors import RealmError, RequestError
 from realm_jax.llm import LLM
-from realm_jax.serving.bodies import Task, read_task, response_body
+from realm_jax.serving.answers import response_body
+from realm_jax.serving.bodies import Task, read_task
 from realm_jax.serving.request import GenerationOutput, Request
 
 QUEUE = 64  # requests handed to the engine ahead of free slots
@@ -118,7 +119,8 @@ class BatchJob:
                 task = tasks[delta.request_id]
                 if len(outputs) == task.params.n:
                     queued -= 1
-                    body = response_body(task, parts.pop(delta.request_id), self._llm)
+                    outputs = parts.pop(delta.request_id)
+                    body = response_body(task, outputs, self._llm.tokenizer, self._llm.model.path.name)
                     yield {
                         "custom_id": delta.request_id,
                         "response": {"status_code": 200, "body": body},

@@ -1,14 +1,14 @@
-"""OpenAI's request and response bodies: JSON objects to tasks, and outputs back to JSON objects."""
+"""OpenAI's request bodies: JSON objects to tasks. `answers` has the way back."""
 
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from realm_jax.errors import RequestError, UnsupportedError
 from realm_jax.llm import LLM
 from realm_jax.params import SamplingParams
-from realm_jax.serving.request import GenerationOutput, TokenLogprob, chosen_adapters
-from realm_jax.tokenizer import Tokenizer
+from realm_jax.serving.request import chosen_adapters
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SAMPLING = (
@@ -29,7 +29,24 @@ SAMPLING = (
     "n",
 )
 IGNORED = ("model", "user", "metadata", "store")  # they change no answer, unless an adapter is named so
-HARMLESS = {"stream": False, "suffix": None, "best_of": 1, "tools": None, "tool_choice": None}
+HARMLESS = {
+    "stream": False,
+    "suffix": None,
+    "best_of": 1,
+    "tools": None,
+    "tool_choice": None,
+    "response_format": {"type": "text"},
+    "service_tier": "auto",
+}
+OWN = {COMPLETIONS: ("prompt", "echo"), CHAT: ("messages", "max_completion_tokens", "top_logprobs")}
+OWN[CHAT] += ("chat_template_kwargs",)
+TEMPLATE_VARIABLES = {"enable_thinking": bool, "thinking": bool, "reasoning_effort": str, "date_string": str}
+"""What a request may say to the chat template beside its messages; a text has up to 100 characters."""
+
+
+def known_fields(url: str) -> frozenset[str]:
+    """The fields that a body to the URL may have."""
+    return frozenset({"lora", *SAMPLING, *IGNORED, *HARMLESS, *OWN[url], "logprobs", "logit_bias"})
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,7 @@ class Task:
     echo: bool = False  # the answer begins with the prompt
     lora: object = None  # as `chosen_adapters` takes it
     model: str | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def adapters(self, loaded: Container[str]) -> tuple[tuple[str, float], ...]:
         """Those that `lora` asks for, or else `model`, where it is the name of one that is loaded."""
@@ -52,7 +70,7 @@ class Task:
     def prompt_ids(self, llm: LLM) -> list[int]:
         """The tokens to continue. Raises RequestError for messages that the template refuses."""
         if self.messages is not None:
-            return llm.chat_prompt(self.messages)
+            return llm.chat_prompt(self.messages, **self.template_variables)
         return llm.prompt_ids(self.prompt or [])
 
 
@@ -72,22 +90,40 @@ def read_body(url: object, body: Mapping[str, Any]) -> Task:
     """The task of a request body to one of the two URLs."""
     if url not in (COMPLETIONS, CHAT):
         raise UnsupportedError(f"url is {url!r}; supported: {COMPLETIONS}, {CHAT}")
-    own = ("messages", "max_completion_tokens", "top_logprobs") if url == CHAT else ("prompt", "echo")
-    known = {"lora", *SAMPLING, *IGNORED, *HARMLESS, *own, "logprobs", "logit_bias"}
+    known = known_fields(str(url))
     if unknown := sorted(body.keys() - known):
         raise UnsupportedError(f"unknown field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    for field, harmless in HARMLESS.items():
-        if body.get(field, harmless) not in (harmless, None):
-            raise UnsupportedError(f"{field} is {body[field]!r}; leave it out")
+    for name, harmless in HARMLESS.items():
+        if body.get(name, harmless) not in (harmless, None):
+            raise UnsupportedError(f"{name} is {str(body[name])[:60]!r}, which is not served; leave it out")
     messages = _messages(body["messages"]) if url == CHAT and "messages" in body else None
-    prompt = _prompt(body.get("prompt")) if url == COMPLETIONS else None
+    prompt = checked_prompt(body.get("prompt")) if url == COMPLETIONS else None
     if url == CHAT and messages is None:
         raise RequestError("messages is missing")
     if not isinstance(echo := body.get("echo") or False, bool):
         raise RequestError(f"echo is {echo!r}; it must be true or false")
     chosen_adapters(body.get("lora"))  # refused here if it is none
     model = body.get("model") if isinstance(body.get("model"), str) else None
-    return Task(str(url), prompt, messages, _params(url == CHAT, body), echo, body.get("lora"), model)
+    variables = template_variables(body.get("chat_template_kwargs"))
+    params = _params(url == CHAT, body)
+    return Task(str(url), prompt, messages, params, echo, body.get("lora"), model, variables)
+
+
+def template_variables(given: object) -> dict[str, Any]:
+    """`chat_template_kwargs`, of which only known ones are let through. Raises RequestError for others."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise RequestError("chat_template_kwargs must be an object")
+    for name, value in given.items():
+        kind = TEMPLATE_VARIABLES.get(name)
+        if kind is None:
+            known = ", ".join(TEMPLATE_VARIABLES)
+            raise RequestError(f"chat_template_kwargs has {name[:60]!r}; known: {known}")
+        if not isinstance(value, kind) or (isinstance(value, str) and len(value) > 100):
+            what = "true or false" if kind is bool else "a text of at most 100 characters"
+            raise RequestError(f"chat_template_kwargs.{name} must be {what}")
+    return dict(given)
 
 
 def _params(is_chat: bool, body: Mapping[str, Any]) -> SamplingParams:
@@ -97,6 +133,8 @@ def _params(is_chat: bool, body: Mapping[str, Any]) -> SamplingParams:
             given["max_tokens"] = body["max_completion_tokens"]
         if body.get("logprobs") not in (None, False, True):
             raise RequestError(f"logprobs is {body['logprobs']!r}; it must be true or false")
+        if body.get("top_logprobs") and not body.get("logprobs"):
+            raise RequestError("top_logprobs needs logprobs to be true")
         if body.get("logprobs"):
             given["logprobs"] = body.get("top_logprobs") or 0
     elif body.get("logprobs") is not None:
@@ -110,90 +148,16 @@ def _params(is_chat: bool, body: Mapping[str, Any]) -> SamplingParams:
     return SamplingParams(**given)
 
 
-def _prompt(value: object) -> str | list[int]:
+def checked_prompt(value: object, name: str = "prompt") -> str | list[int]:
+    """The prompt. Raises RequestError for what is neither text nor token ids."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(type(token) is int for token in value):
         return value
-    raise RequestError("prompt must be a string or a list of token ids")
+    raise RequestError(f"{name} must be a string or a list of token ids")
 
 
 def _messages(value: object) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise RequestError("messages must be a list of objects")
     return value
-
-
-def response_body(task: Task, outputs: list[GenerationOutput], llm: LLM) -> dict[str, Any]:
-    """The body that answers a task, all samples of it."""
-    ordered = sorted(outputs, key=lambda output: output.sample_index)
-    choice = _chat_choice if task.url == CHAT else _echoed_choice if task.echo else _completion_choice
-    prompt_tokens = ordered[0].usage.prompt_tokens
-    completion_tokens = sum(output.usage.completion_tokens for output in ordered)
-    return {
-        "object": "chat.completion" if task.url == CHAT else "text_completion",
-        "model": llm.model.path.name,
-        "choices": [choice(output, llm.tokenizer) for output in ordered],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
-    }
-
-
-def _completion_choice(output: GenerationOutput, tokenizer: Tokenizer) -> dict[str, Any]:
-    text_of = tokenizer.token_text
-    choice: dict[str, Any] = {
-        "index": output.sample_index,
-        "text": output.text,
-        "logprobs": None,
-        "finish_reason": str(output.finish_reason),
-    }
-    if output.logprobs is not None:
-        choice["logprobs"] = {
-            "tokens": [text_of(each["token_id"]) for each in output.logprobs],
-            "token_logprobs": [each["logprob"] for each in output.logprobs],
-            "top_logprobs": [_top(each, text_of) for each in output.logprobs],
-        }
-    if output.prompt_logprobs is not None:
-        choice["prompt_logprobs"] = output.prompt_logprobs
-    return choice
-
-
-def _echoed_choice(output: GenerationOutput, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A completion with its prompt before it, as OpenAI's `echo` has it."""
-    choice = _completion_choice(output, tokenizer)
-    choice["text"] = tokenizer.decode(output.prompt_token_ids) + choice["text"]
-    prompt = choice.pop("prompt_logprobs", None)
-    if (known := choice["logprobs"]) is not None and prompt is not None:
-        text_of = tokenizer.token_text
-        known["tokens"] = [text_of(i) for i in output.prompt_token_ids] + known["tokens"]
-        values = [None if each is None else each["logprob"] for each in prompt]
-        known["token_logprobs"] = values + known["token_logprobs"]
-        tops = [None if each is None else _top(each, text_of) for each in prompt]
-        known["top_logprobs"] = tops + known["top_logprobs"]
-    return choice
-
-
-def _top(each: TokenLogprob, text_of: Callable[[int], str]) -> dict[str, float]:
-    return {text_of(int(token)): value for token, value in each["top"]}
-
-
-def _chat_choice(output: GenerationOutput, tokenizer: Tokenizer) -> dict[str, Any]:
-    text_of = tokenizer.token_text
-
-    def entry(token: int, value: float) -> dict[str, Any]:
-        text = text_of(token)
-        return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace"))}
-
-    def with_top(each: TokenLogprob) -> dict[str, Any]:
-        top = [entry(int(token), value) for token, value in each["top"]]
-        return {**entry(each["token_id"], each["logprob"]), "top_logprobs": top}
-
-    return {
-        "index": output.sample_index,
-        "message": {"role": "assistant", "content": output.text},
-        "logprobs": None if output.logprobs is None else {"content": [with_top(e) for e in output.logprobs]},
-        "finish_reason": str(output.finish_reason),
-    }

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from realm_jax.buckets import Buckets
@@ -52,6 +53,7 @@ class _Prefilled:
     output: StepOutput
     scored: PromptTargets | None
     logprobs: TargetLogprobs | None
+    hidden: jax.Array | None  # [B, T, D], where a prompt's embedding is wanted
 
 
 _OUTCOMES = {Guess.NONE: None, Guess.WRONG: False, Guess.RIGHT: True}
@@ -233,9 +235,11 @@ class Engine:
             self._in_flight.append(_Decoded(plan.sequences, self._runner.decode(plan), plan, given))
         else:
             scored = prompt_targets(plan)
-            output, logprobs = self._runner.prefill(plan, self._sampling_row, scored)
-            if scored is not None or any(tile.is_last for tile in plan.tiles):
-                self._in_flight.append(_Prefilled(plan, output, scored, logprobs))
+            output, logprobs, hidden = self._runner.prefill(plan, self._sampling_row, scored)
+            embeds = any(tile.sequence.request.embeds for tile in plan.tiles)
+            if embeds or scored is not None or any(tile.is_last for tile in plan.tiles):
+                kept = hidden if embeds else None
+                self._in_flight.append(_Prefilled(plan, output, scored, logprobs, kept))
         if isinstance(plan, Prefill) or len(self.programs) > known:
             self._stopwatch.disturb()
 
@@ -259,6 +263,11 @@ class Engine:
                     self._transcript(tile.sequence).push_prompt(
                         tile.start + span.start + 1, *(x[row, wanted] for x in arrays)
                     )
+        if call.hidden is not None:
+            hidden = np.asarray(call.hidden)
+            for row, tile in enumerate(call.plan.tiles):
+                if tile.sequence.finish_reason is None and tile.sequence.request.embeds:
+                    self._transcript(tile.sequence).push_hidden(hidden[row, : len(tile.tokens)])
         rows = tuple(tile.sequence if tile.is_last else None for tile in call.plan.tiles)
         return self._commit_step(_Decoded(rows, call.output))
 

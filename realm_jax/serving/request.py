@@ -43,7 +43,9 @@ class Request:
     priority: a smaller one is let in first (vLLM's meaning). timeout: seconds from its arrival after which
     it ends with what it has. score_from: the first prompt token whose log-probability is wanted, where
     `params.prompt_logprobs` asks for them. adapters: names, and what each one's change is multiplied by.
-    tenant, adapters: what is computed of prompts is shared only where both agree.
+    tenant, adapters, cache_salt: what is computed of prompts is shared only where all agree. weight: the
+    tenant's share of the engine is to the others' as this, where they wait, too. embeds: the output has the
+    prompt's embedding.
     """
 
     id: str
@@ -54,12 +56,15 @@ class Request:
     timeout: float | None = None
     score_from: int = 1
     tenant: str = ""
+    weight: float = 1.0
     adapters: tuple[tuple[str, float], ...] = ()
+    cache_salt: str = ""
+    embeds: bool = False
     arrival: float = field(default_factory=time.perf_counter)
 
     @property
-    def owner(self) -> tuple[str, tuple[tuple[str, float], ...]]:
-        return self.tenant, self.adapters
+    def owner(self) -> tuple[str, str, tuple[tuple[str, float], ...]]:
+        return self.tenant, self.cache_salt, self.adapters
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -68,7 +73,7 @@ class Request:
     @property
     def reusable(self) -> int:
         """Leading prompt tokens that need not be computed if they were before: what follows is needed."""
-        last = len(self.prompt_ids) - 1
+        last = 0 if self.embeds else len(self.prompt_ids) - 1
         return last if self.params.prompt_logprobs is None else min(last, max(self.score_from - 1, 0))
 
 
@@ -113,6 +118,21 @@ def each_adapters(given: Adapters | Rows[Adapters], count: int) -> list[tuple[tu
     if len(given) != count:
         raise RequestError(f"lora has {len(given)} entries for {count} prompts; give one, or one each")
     return [chosen_adapters(each) for each in given]  # pyright: ignore[reportArgumentType]: one each
+
+
+def leaders_first(requests: Rows[Request], slots: int) -> list[Request]:
+    """One request of each group that shares all its reusable tiles, before the others of these groups.
+
+    What the first computes is there when the others come; few groups at a time, because it stays in the
+    slots only until these are taken.
+    """
+    groups: dict[tuple[int, ...], list[Request]] = {}
+    for request in requests:
+        shared = request.prompt_ids[: request.reusable // TILE * TILE]
+        groups.setdefault(shared, []).append(request)
+    ordered, at_a_time = [groups[shared] for shared in sorted(groups)], max(slots // 2, 1)
+    some = [ordered[i : i + at_a_time] for i in range(0, len(ordered), at_a_time)]
+    return [r for part in some for r in [*(g[0] for g in part), *(r for g in part for r in g[1:])]]
 
 
 @dataclass(frozen=True)
@@ -177,7 +197,11 @@ class DraftMetrics:
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """One finished sample of a request."""
+    """One finished sample of a request.
+
+    embedding: the mean of the prompt's last hidden states, of length 1; None where not wanted, or the
+    sequence ended before its prompt was computed.
+    """
 
     request_id: str
     sample_index: int
@@ -190,17 +214,22 @@ class GenerationOutput:
     seed: int
     usage: Usage
     metrics: RequestMetrics
+    embedding: list[float] | None = None
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What one step added to a sample; `output` is set with the last one."""
+    """What one step added to a sample; `output` is set with the last one.
+
+    logprobs: of these tokens, None where not wanted.
+    """
 
     request_id: str
     sample_index: int
     text: str
     token_ids: list[int]
     output: GenerationOutput | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(eq=False)

@@ -57,14 +57,17 @@ class Runner:
 
     def prefill(
         self, plan: Prefill, row_of: Callable[[Sequence], SamplingRows], scored: PromptTargets | None
-    ) -> tuple[StepOutput, TargetLogprobs | None]:
-        """The plan's tiles are computed, and their targets scored, if any are wanted."""
+    ) -> tuple[StepOutput, TargetLogprobs | None, jax.Array]:
+        """The plan's tiles are computed, and their targets scored, if any are wanted.
+
+        The last array has the hidden states [B, T, D].
+        """
         tiles = pack_prompts(plan, self._buckets.pools[plan.pool], row_of, self._vocab)
         width = self._width(tile.sequence for tile in plan.tiles)
         output, hidden = self._prefill(plan.pool, tiles, width)
         if scored is None:
-            return output, None
-        return output, self._score(hidden, scored.targets, scored.wants_top)
+            return output, None, hidden
+        return output, self._score(hidden, scored.targets, scored.wants_top), hidden
 
     def decode(self, plan: Decode) -> StepOutput:
         """The plan's sequences are one step further."""

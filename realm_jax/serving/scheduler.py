@@ -1,15 +1,15 @@
 """Decides what the device does next. Plain Python: no JAX, no I/O, no clock.
 
-Sequences wait by priority, then in order of arrival. One that is let in takes a slot of the smallest pool
-that fits its prompt; tiles of the prompt that another slot holds are copied, the rest is prefilled, several
-prompts in one call, cut at multiples of `TILE` whatever runs beside it. Then it decodes with all others of
-its pool, and moves up to the next pool when it has filled its slot. A slot that is taken gives what it holds
-to the free one that is least worth: of reusable prompts the one used longest ago is lost. Prefill and decode
-take turns, so that running sequences wait for one prefill call at most between steps, and prompts for one
-step between calls.
+Tenants take turns (`FairQueue`); a tenant's sequences wait by priority, then in order of arrival. One that is
+let in takes a slot of the smallest pool that fits its prompt; tiles of the prompt that another slot holds are
+copied, the rest is prefilled, several prompts in one call, cut at multiples of `TILE` whatever runs beside
+it. Then it decodes with all others of its pool, and moves up to the next pool when it has filled its slot. A
+slot that is taken gives what it holds to the free one that is least worth: of reusable prompts the one used
+longest ago is lost. Prefill and decode take turns, so that running sequences wait for one prefill call at
+most between steps, and prompts for one step between calls.
 """
 
-import heapq
+import math
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
@@ -19,6 +19,7 @@ from realm_jax.config import TILE
 from realm_jax.errors import CapacityError, RequestError
 from realm_jax.serving.adapters import AdapterSlots
 from realm_jax.serving.drafting import Drafting, DraftRecord
+from realm_jax.serving.fairness import FairQueue
 from realm_jax.serving.plans import Copy, Decode, Plan, Prefill, Tile
 from realm_jax.serving.request import FinishReason, Request, Sequence
 from realm_jax.serving.slots import Slot, Slots
@@ -44,15 +45,16 @@ class Scheduler:
         self.adapters = AdapterSlots(max_loras)
         self._max_queue = max_queue
         self._prefix_caching = prefix_caching
-        self._waiting: list[
-            tuple[int, int, Sequence]
-        ] = []  # a heap; ended ones are dropped when they come up
-        self.num_waiting = 0  # sequences without a slot
-        self._num_added = 0
+        self.queue = FairQueue(min(buckets.max_num_seqs, sum(pool.slots for pool in buckets.pools)))
         self._prefilling: list[Sequence] = []  # by admission
         self._copies: deque[Copy] = deque()  # decided, and not yet returned
         self._next_pool = 0
         self._prefill_is_next = True
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without a slot."""
+        return self.queue.num_waiting
 
     @property
     def has_work(self) -> bool:
@@ -62,9 +64,11 @@ class Scheduler:
         """The request waits as `n` sequences.
 
         Raises RequestError if the prompt is empty or does not leave room for one token, CapacityError if
-        too many wait.
+        too many wait, of the tenant, too: by weights, each has a share of the queue.
         """
         length, most = len(request.prompt_ids), request.params.max_tokens
+        if not 0 < request.weight < math.inf:
+            raise RequestError(f"weight is {request.weight}; give a number above 0")
         if not length:
             raise RequestError("prompt is empty; give at least one token")
         if length + (most != 0) > self.context:
@@ -73,20 +77,19 @@ class Scheduler:
                 "(raise --ctx-size)"
             )
         count = request.params.n
-        self._check_queue(count)
+        self._check_queue(request, count)
         room = self.context - length
         new_tokens = room if most is None else min(most, room)
         sequences = [Sequence(request, index, new_tokens) for index in range(count)]
         for sequence in sequences if self.drafting is not None else ():
             sequence.drafts = DraftRecord()
         for sequence in sequences:
-            heapq.heappush(self._waiting, (request.priority, self._num_added, sequence))
-            self._num_added += 1
-        self.num_waiting += count
+            self.queue.push(sequence)
         return sequences
 
     def schedule(self) -> Plan | None:
         """The next thing to do, counted as dispatched; None while nothing can run."""
+        self.queue.tick()
         if not self._copies:
             self._move()
         if not self._copies:
@@ -116,6 +119,8 @@ class Scheduler:
             sequence.token_ids.append(token)
             if token in stops:
                 self.finish(sequence, FinishReason.STOP)
+        if taken:
+            self.queue.charge(sequence, output=len(taken))
         if len(sequence.token_ids) >= sequence.max_new_tokens:
             self.finish(sequence, FinishReason.LENGTH)
         return taken
@@ -131,9 +136,8 @@ class Scheduler:
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
-        if (slot := self._slot_of(sequence)) is None:
-            self.num_waiting -= 1
-        else:
+        self.queue.leave(sequence)
+        if (slot := self._slot_of(sequence)) is not None:
             self.slots.release(slot)
             self.adapters.release(sequence.request.adapter_names)
         if sequence in self._prefilling:
@@ -144,13 +148,14 @@ class Scheduler:
         self._copies.clear()
         self.slots.forget()
 
-    def _check_queue(self, count: int) -> None:
+    def _check_queue(self, request: Request, count: int) -> None:
         if self._max_queue is None:
             return
         if count > (most := self._max_queue + self.buckets.max_num_seqs):
             raise RequestError(f"n is {count}; max_queue and max_num_seqs allow {most} sequences at once")
         room = max(self.buckets.max_num_seqs - sum(1 for _ in self.slots.taken()), 0)
-        if self.num_waiting + count > self._max_queue + room:
+        share = self.queue.room(request.tenant, request.weight, self._max_queue)
+        if self.num_waiting + count > self._max_queue + room and count > share:
             raise CapacityError(
                 f"the queue is full: {self.num_waiting:,} sequences wait and max_queue is "
                 f"{self._max_queue:,}; try again later"
@@ -164,16 +169,21 @@ class Scheduler:
     def _admit(self) -> None:
         """Waiting sequences have slots, as many as the next prefill call serves or until one needs copies."""
         most = max(tiles for pool in self.buckets.pools for tiles in pool.tiles)
-        while self.num_waiting and not self._copies and sum(s.tiles_left for s in self._prefilling) < most:
-            while self._waiting[0][2].finish_reason is not None:
-                heapq.heappop(self._waiting)
-            sequence = self._waiting[0][2]
-            if (free := self._place_for(sequence)) is None or not self._hold_adapters(sequence):
+        while not self._copies and sum(s.tiles_left for s in self._prefilling) < most:
+            if (found := self._next()) is None:
                 return
-            heapq.heappop(self._waiting)
-            self.num_waiting -= 1
+            sequence, free = found
+            self.queue.admit(sequence)
             self._prefilling.append(sequence)
             self._begin(sequence, free)
+            self.queue.charge(sequence, prompt=sequence.prompt_length - sequence.reused)
+
+    def _next(self) -> tuple[Sequence, list[Slot]] | None:
+        """The first candidate that fits, its adapters held, and the slots that it may take."""
+        for sequence in self.queue.candidates():
+            if (free := self._place_for(sequence)) is not None and self._hold_adapters(sequence):
+                return sequence, free
+        return None
 
     def _place_for(self, sequence: Sequence) -> list[Slot] | None:
         """Free slots of the smallest pool that holds the prompt and, if one is wanted, a token more."""

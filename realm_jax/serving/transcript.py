@@ -31,6 +31,8 @@ class Transcript:
         self._prompt_logprobs: list[PromptLogprob | None] | None = None
         if params.prompt_logprobs is not None:
             self._prompt_logprobs = [None for _ in sequence.request.prompt_ids]
+        self._hidden: np.ndarray | None = None  # the sum of the prompt's hidden states so far
+        self._num_hidden = 0
 
     @property
     def met_stop_string(self) -> bool:
@@ -74,15 +76,29 @@ class Transcript:
                 "is_greedy": greedy,
             }
 
+    def push_hidden(self, hidden: np.ndarray) -> None:
+        """Hidden states [T, D] of the prompt's next tokens."""
+        part = hidden.astype(np.float64).sum(axis=0)
+        self._hidden = part if self._hidden is None else self._hidden + part
+        self._num_hidden += len(hidden)
+
+    def _embedding(self) -> list[float] | None:
+        """The sum of all hidden states, which has the mean's direction, scaled to length 1."""
+        if self._hidden is None or self._num_hidden < self.sequence.prompt_length:
+            return None
+        length = float(np.linalg.norm(self._hidden)) or 1.0
+        return (self._hidden / length).astype(np.float32).tolist()
+
     def delta(self, text: str, tokens: list[int]) -> TextDelta:
         """These tokens' share of the output, with the whole output if the sequence has ended."""
-        request = self.sequence.request
+        request, known = self.sequence.request, self._logprobs
+        mine = None if known is None else known[len(known) - len(tokens) :]
         if self.sequence.finish_reason is None:
-            return TextDelta(request.id, self.sequence.sample_index, text, tokens)
+            return TextDelta(request.id, self.sequence.sample_index, text, tokens, None, mine)
         text += self._text.finish()
         if self.met_stop_string:  # even where its last token was the last allowed
             self.sequence.finish_reason = FinishReason.STOP
-        return TextDelta(request.id, self.sequence.sample_index, text, tokens, self._output())
+        return TextDelta(request.id, self.sequence.sample_index, text, tokens, self._output(), mine)
 
     def _output(self) -> GenerationOutput:
         sequence, request = self.sequence, self.sequence.request
@@ -104,4 +120,5 @@ class Transcript:
                 finished_s=time.perf_counter() - request.arrival,
                 drafts=None if sequence.drafts is None else DraftMetrics.of(sequence.drafts),
             ),
+            embedding=self._embedding(),
         )

@@ -1,0 +1,1 @@
+"""Kernels for GPU (Triton) and TPU (Mosaic), interpreted on a CPU."""

@@ -1,0 +1,153 @@
+"""The small routes: what is served, tokens of texts, health and metrics."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from realm_jax import __version__
+from realm_jax.errors import RequestError
+from realm_jax.llm import LLM
+from realm_jax.serving.bodies import template_variables
+from realm_jax.serving.server import metrics
+from realm_jax.serving.server.errors import JSON, RETRY_SECONDS
+from realm_jax.serving.server.reading import parsed, read_body
+from realm_jax.serving.server.schemas import B, DetokenizeBody, TemplateBody, TokenizeBody, checked
+from realm_jax.serving.server.service import Service, service_of
+from realm_jax.serving.server.tenancy import find_tenant, visible
+from realm_jax.serving.tenants import ANONYMOUS, Tenant
+
+
+async def models(request: Request) -> Response:
+    """The model under its names, and the adapters under theirs."""
+    return JSON({"object": "list", "data": _models(service_of(request), find_tenant(request))})
+
+
+async def model(request: Request) -> Response:
+    """One of them."""
+    service, tenant, name = service_of(request), find_tenant(request), request.path_params["name"]
+    found = _models(service, tenant)
+    service.names.resolve(name, [each["id"] for each in found], tenant)
+    return JSON(next(each for each in found if each["id"] == name))
+
+
+def _models(service: Service, tenant: Tenant) -> list[dict[str, Any]]:
+    llm, shown = service.require_llm(), service.names.shown
+
+    def entry(name: str, parent: str | None) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.started,
+            "owned_by": "realm",
+            "root": shown,
+            "parent": parent,
+            "max_model_len": llm.model.context,
+        }
+
+    adapters = [entry(name, shown) for name in visible(tenant, llm.engine.adapters.named)]
+    return [entry(name, None) for name in service.names.visible(tenant)] + adapters
+
+
+async def tokenize(request: Request) -> Response:
+    """The tokens of a text or a conversation."""
+    return await _answer(request, TokenizeBody, _tokenize)
+
+
+def _tokenize(body: TokenizeBody, llm: LLM) -> dict[str, Any]:
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("give one of prompt and messages")
+    if body.prompt is not None:
+        ids = llm.tokenizer.encode(body.prompt, add_special=body.add_special_tokens, parse_special=True)
+    else:
+        ids = llm.chat_prompt(body.messages, **template_variables(body.chat_template_kwargs))
+    found: dict[str, Any] = {"count": len(ids), "max_model_len": llm.model.context, "tokens": ids}
+    if body.return_token_strs:
+        found["token_strs"] = [llm.tokenizer.token_text(token) for token in ids]
+    return found
+
+
+async def detokenize(request: Request) -> Response:
+    """The text of tokens."""
+    return await _answer(request, DetokenizeBody, lambda b, llm: {"prompt": llm.tokenizer.decode(b.tokens)})
+
+
+async def apply_template(request: Request) -> Response:
+    """The text that the model's chat template makes of a conversation."""
+    return await _answer(request, TemplateBody, _apply_template)
+
+
+def _apply_template(body: TemplateBody, llm: LLM) -> dict[str, Any]:
+    variables = template_variables(body.chat_template_kwargs)
+    return {"prompt": llm.model.require_template().render(body.messages, **variables)}
+
+
+async def _answer(request: Request, kind: type[B], work: Any) -> Response:
+    """What the work makes of a body and the model, off the event loop."""
+    service, tenant = service_of(request), find_tenant(request)
+    llm = service.require_llm()
+    raw = await read_body(request, service.limits)
+
+    def answer() -> dict[str, Any]:
+        body: Any = checked(kind, parsed(raw, service.limits))
+        service.names.resolve(body.model, visible(tenant, llm.engine.adapters.named), tenant)
+        return work(body, llm)
+
+    return JSON(await service.off_loop(answer))
+
+
+async def props(request: Request) -> Response:
+    """Facts of the model and the run."""
+    return JSON(facts(service_of(request)))
+
+
+def facts(service: Service) -> dict[str, Any]:
+    """What /props says."""
+    llm = service.require_llm()
+    tokenizer, config = llm.tokenizer, llm.model.config
+    ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    numerics, template = llm.model.numerics, llm.model.template
+    found = {
+        "model": service.names.shown,
+        "architecture": config.architecture,
+        "ctx_size": llm.model.context,
+        "vocab_size": config.vocab_size,
+        "total_slots": llm.engine_config.max_num_seqs,
+        "dtype": numerics.dtype,
+        "kv_dtype": numerics.kv_dtype,
+        "weights": numerics.weights,
+        "kernels": numerics.kernels,
+        "chat_template": None if template is None else template.template,
+        "version": __version__,
+    }
+    texts = {key: None if id is None else tokenizer.token_text(id) for key, id in ends.items()}
+    return found | texts
+
+
+async def health(request: Request) -> Response:
+    """200 while requests are served."""
+    service = service_of(request)
+    if service.status == "ok":
+        return JSON({"status": "ok"})
+    return JSON({"status": service.status}, 503, headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+async def prometheus(request: Request) -> Response:
+    """The metrics: all of them for an admin, and where there are no keys; else the tenant's own."""
+    service, tenant = service_of(request), find_tenant(request)
+    sees_all = tenant is ANONYMOUS or tenant.is_admin
+    text = service.metrics.text(None if sees_all else tenant.name)
+    return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+async def version(request: Request) -> Response:
+    """This program's version."""
+    del request
+    return JSON({"version": __version__})
+
+
+async def openapi(request: Request) -> Response:
+    """What this server takes, for programs."""
+    from realm_jax.serving.server.openapi import document
+
+    return JSON(document(service_of(request).limits))

@@ -1,0 +1,56 @@
+"""Bodies that the server refuses: the path, the body, the status, and the field that the error names."""
+
+from typing import Any
+
+from realm_jax.serving.bodies import CHAT, COMPLETIONS
+
+BAD: list[tuple[str, Any, int, str | None]] = [
+    (COMPLETIONS, b"no json", 400, None),
+    (COMPLETIONS, b"[1]", 400, None),
+    (COMPLETIONS, b'{"prompt": NaN}', 400, None),
+    (COMPLETIONS, b'{"prompt": ' + b"[" * 100 + b"]" * 100 + b"}", 400, None),
+    (COMPLETIONS, b'{"metadata": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, None),
+    (COMPLETIONS, b'{"prompt": "' + b"a" * (1 << 20) + b'"}', 413, None),
+    (COMPLETIONS, {}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": []}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [[1], "a"] * 5}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [[1], "a", 2]}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": "a " * 3000}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [99999]}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, 400, "temperature"),
+    (COMPLETIONS, {"prompt": "a", "temperature": -1}, 400, "temperature"),
+    (COMPLETIONS, {"prompt": "a", "n": 5}, 400, "n"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 2}, 400, "best_of"),
+    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
+    (COMPLETIONS, {"prompt": "a", "surprise": 1}, 400, "surprise"),
+    (COMPLETIONS, {"prompt": "a", "stop": ["a"] * 65}, 400, "stop"),
+    (COMPLETIONS, {"prompt": "a", "stop": ["\ud800"], "model": "\ud800"}, 404, "model"),
+    (COMPLETIONS, {"prompt": "\ud800"}, 400, None),
+    (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options"),
+    (COMPLETIONS, {"prompt": "a", "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x"),
+    (COMPLETIONS, {"prompt": "a", "model": "gpt-4"}, 404, "model"),
+    (COMPLETIONS, {"prompt": "a", "lora": "nobody"}, 400, None),
+    (COMPLETIONS, {"prompt": "a", "priority": -1}, 400, "priority"),
+    (CHAT, {}, 400, "messages"),
+    (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 1}, 400, "top_logprobs"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [1]}, 400, "tools"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}},
+        400,
+        "response_format",
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"messages": []}},
+        400,
+        "chat_template_kwargs",
+    ),
+    ("/v1/embeddings", {"input": []}, 400, "input"),
+    ("/v1/embeddings", {"input": "a", "dimensions": 3}, 400, "dimensions"),
+    ("/tokenize", {}, 400, None),
+    ("/detokenize", {"tokens": [1, "a", "b"]}, 400, "tokens.1"),
+    ("/nothing", {}, 404, None),
+]

@@ -1,0 +1,16 @@
+"""A server of the default model outlasts clients that misbehave: `scripts/soak_server` in short."""
+
+import pytest
+from soak_server import soak
+
+
+@pytest.mark.slow
+def test_64_clients_good_and_bad_leak_nothing():
+    report = soak(64, 20.0, "--no-warmup")
+    assert report["wrong"] == []
+    assert report["left_running"] == 0
+    assert report["exit_code"] == 0
+    assert report["outcomes"]["read to the end"] > 0
+    assert sum(report["outcomes"].values()) > 64
+    before, after = report["memory_mb"]
+    assert after < before + 150
