@@ -56,9 +56,10 @@ def load(
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for parameter, node in zip(present, pool.map(load, present), strict=True):
             _put(params, parameter.path, node)
+    join = partial(projections.experts, numerics=numerics)
     for layer in params.values():
         if "experts" in (mlp := layer.get("mlp", {}) if isinstance(layer, dict) else {}):
-            mlp["experts"] = projections.experts(mlp["experts"], numerics)
+            mlp["experts"] = placement.each(join, mlp["experts"])
     params.setdefault("head", params["embedding"])  # tied
     return params
 

@@ -86,6 +86,8 @@ def resident(llm: LLM) -> dict[Any, int]:
         ("llama-moe", {}),
         ("phi3", {}),
         ("quantized", {"weights": "quantized", "kernels": "xla"}),
+        ("quantized", {"kernels": "pallas"}),
+        ("llama-moe", {"kernels": "pallas"}),
     ],
 )
 def test_logits_are_those_of_one_device_in_a_quarter_of_its_memory(
@@ -99,7 +101,8 @@ def test_logits_are_those_of_one_device_in_a_quarter_of_its_memory(
     expected, found = alone.logits(PROMPT), divided.logits(PROMPT)
     np.testing.assert_allclose(found, expected, atol=0.02 if "kv_dtype" in options else 1e-4)
     assert (found.argmax(axis=-1) == expected.argmax(axis=-1)).all()
-    share = 0.3 if divided.engine_config.mesh == FOUR else 0.5
+    is_exact = name != "llama-bias" and options.get("kernels") != "pallas"  # whose words hold 256 inputs
+    share = 0.3 if is_exact else 0.5
     assert max(resident(divided).values()) <= share * max(resident(alone).values())
 
 

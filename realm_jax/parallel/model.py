@@ -14,7 +14,7 @@ from realm_jax.architectures import parameters
 from realm_jax.cache import Cache
 from realm_jax.config import ModelConfig, Numerics
 from realm_jax.model import Caches, Transformer
-from realm_jax.parallel.nodes import AXIS, Split, Summed, Vocabulary
+from realm_jax.parallel.nodes import AXIS, Split, Summed, SummedExperts, Vocabulary
 from realm_jax.parallel.shares import Division
 
 OF_CACHES = P(None, AXIS)  # [S, K, ...]: each device has the kv heads that it attends to
@@ -109,6 +109,8 @@ def _joined(params: Any, config: ModelConfig) -> Any:
         match p.path:
             case (*_, "out" | "down", "kernel"):
                 params = _wrapped(params, p.path, Summed)
+            case (*mlp, "experts", "down", "0"):
+                params = _wrapped(params, (*mlp, "experts"), SummedExperts)
     both = {name: Vocabulary(params[name], config.vocab_size) for name in ("embedding", "head")}
     return params | both
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from realm_jax.experts import Experts
+
 AXIS = "tp"
 """The mesh's one axis."""
 
@@ -40,6 +42,21 @@ class Summed:
 
     def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
         return device_sum(x @ self.kernel)
+
+
+@struct.dataclass
+class SummedExperts:
+    """Experts of which each device has some of the features, summed over the devices."""
+
+    experts: Experts
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.experts.shape
+
+    def mix(self, x: Float[Array, "*lead D"], *how: Any) -> Float[Array, "*lead D"]:
+        """As `Experts.mix`."""
+        return device_sum(self.experts.mix(x, *how))
 
 
 @struct.dataclass

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from realm_jax import runtime
 from realm_jax.config import EngineConfig, ModelConfig
 from realm_jax.model import Transformer
-from realm_jax.parallel.model import ShardedTransformer, mesh_of, updated
+from realm_jax.parallel.model import ShardedTransformer, mesh_of, on_each, updated
 from realm_jax.parallel.nodes import AXIS, Split
 from realm_jax.parallel.shares import Division, Whole
 
@@ -42,6 +42,10 @@ class Placement(Protocol):
         """The arrays that `make` gives for each device's share."""
         ...
 
+    def each(self, function: Callable[..., Any], arrays: Any) -> Any:
+        """`function(arrays)` of each device's own arrays, which are then its own."""
+        ...
+
     def update(self, function: Callable[..., Any], state: Any, *arguments: Any) -> Any:
         """`function(state, *arguments)` of each device's own arrays, which is a state like the old one."""
         ...
@@ -66,6 +70,9 @@ class OneDevice:
 
     def split(self, config: ModelConfig, make: Callable[[Whole], Any]) -> Any:
         return make(Whole())
+
+    def each(self, function: Callable[..., Any], arrays: Any) -> Any:
+        return function(arrays)
 
     def update(self, function: Callable[..., Any], state: Any, *arguments: Any) -> Any:
         return function(state, *arguments)
@@ -94,6 +101,9 @@ class MeshPlacement:
         division = Division(config, len(self.devices))
         return Split(self._joined(lambda i: make(division.share(i)), P(AXIS)))
 
+    def each(self, function: Callable[..., Any], arrays: Any) -> Any:
+        return Split(_each(self.devices, function, arrays))
+
     def update(self, function: Callable[..., Any], state: Any, *arguments: Any) -> Any:
         return updated(self.devices, function, state, *arguments)
 
@@ -110,6 +120,11 @@ class MeshPlacement:
                     made.append(jax.tree.map(functools.partial(jax.device_put, device=device), make(index)))
         sharding = NamedSharding(mesh, spec)
         return jax.tree.map(lambda *arrays: _array(mesh, sharding, arrays), *made)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _each(devices: tuple[int, ...], function: Callable[..., Any], arrays: Any) -> Any:
+    return on_each(devices, function, (arrays,), P(AXIS))
 
 
 def _array(mesh: Mesh, sharding: NamedSharding, arrays: tuple[jax.Array, ...]) -> jax.Array:

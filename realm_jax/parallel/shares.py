@@ -181,7 +181,7 @@ class Share(Whole):
         match p.path:
             case (*_, "out", "kernel"):
                 return self.division.heads(self.index).times(c.head_dim)
-            case (*_, "down", "kernel"):
+            case (*_, "down", "kernel") | (*_, "experts", "down", _):
                 return _even(c.ffn_size, n, self.index)
         return None
 
@@ -208,7 +208,7 @@ class Share(Whole):
                 q, kv = d.heads(self.index).times(c.head_dim), d.kv_heads(self.index).times(c.head_dim)
                 each = c.num_kv_heads * c.head_dim
                 return [(c.num_heads * c.head_dim, q), (each, kv), (each, kv)]
-            case (*_, "gate_up", "kernel"):
+            case (*_, "gate_up", "kernel") | (*_, "experts", "gate_up", _):
                 return [(c.ffn_size, _even(c.ffn_size, d.devices, self.index))] * 2
             case ("embedding",) | ("head",):
                 return [(c.vocab_size, _even(c.vocab_size, d.devices, self.index))]
