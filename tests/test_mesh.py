@@ -17,7 +17,7 @@ SMALL = ("-c", 64, "--dtype", "float32", "--deterministic", "--raw", "-n", 8)
 
 def test_laws_of_four_devices(fixtures: Path):
     """In a process of its own, because JAX counts its devices once."""
-    tests = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-q", "tests/on_four_devices.py"]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:xdist", "tests/on_four_devices.py"]
     env = os.environ | {"XLA_FLAGS": FLAGS.format(4)}
     done = subprocess.run(tests, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
