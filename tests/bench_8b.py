@@ -24,6 +24,7 @@ from realm_jax.decoding import Autoregressive
 from realm_jax.ggml import GGMLType
 from realm_jax.model import Transformer
 from realm_jax.nodes import Dense, Kernel, Scale, Words
+from realm_jax.parallel import OneDevice
 from realm_jax.projections import rotary
 from realm_jax.serving.engine import Engine
 from realm_jax.tokenizer import Tokenizer
@@ -124,7 +125,14 @@ class Bench:
         strategy = Autoregressive(model, self.numerics)
         words = tokenizer(self.config.vocab_size)
         return Engine(
-            strategy, model, self.params, words, context=context, config=config, numerics=self.numerics
+            strategy,
+            model,
+            self.params,
+            words,
+            context=context,
+            config=config,
+            placement=OneDevice(),
+            numerics=self.numerics,
         )
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
