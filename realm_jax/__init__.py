@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from realm_jax.llm import LLM
     from realm_jax.params import SamplingParams
+    from realm_jax.structured import StructuredOutput
 
 __version__ = "0.1.0"
 IMPORTED = time.time()
@@ -26,6 +27,7 @@ IMPORTED = time.time()
 _HOME = {
     "LLM": "llm",
     "SamplingParams": "params",
+    "StructuredOutput": "structured",
     "RealmError": "errors",
     "ModelFileError": "errors",
     "UnsupportedError": "errors",
@@ -42,6 +44,7 @@ __all__ = [
     "RealmError",
     "RequestError",
     "SamplingParams",
+    "StructuredOutput",
     "UnsupportedError",
     "__version__",
 ]

@@ -45,6 +45,7 @@ class DecodeState:
     tokens: jax.Array  # [S] the newest token, not yet in the cache
     adapters: AdapterRows
     sampling: SamplingRows
+    masks: jax.Array  # [S, W] uint32: a bit for each token that may be the next, where the answer has a form
     draft: DraftState
 
 
@@ -59,6 +60,7 @@ class PromptTiles:
     is_last: HostOrDevice  # [B] whether the prompt ends here, and its first token is sampled
     adapters: AdapterRows
     sampling: SamplingRows  # [B] of prompts that end here
+    masks: HostOrDevice  # [B, W] uint32 which tokens may be their first
 
 
 @struct.dataclass
@@ -128,6 +130,7 @@ class Autoregressive:
                 jnp.zeros((pool.slots, MAX_LORAS_PER_REQUEST), jnp.float32),
             ),
             sampling=jax.tree.map(jnp.asarray, SamplingRows.greedy(pool.slots, self.model.config.vocab_size)),
+            masks=jnp.zeros((pool.slots, mask_words(self.model.config.vocab_size)), jnp.uint32),
             draft=DraftState(),
         )
 
@@ -174,7 +177,9 @@ class Autoregressive:
             def count() -> TokenCounts:
                 return TokenCounts.of(history[tiles.slots], ends, ends, V)
 
-            return sample(logits, tiles.sampling, count, ends, tiles.is_last)
+            return sample(
+                logits, tiles.sampling, count, ends, tiles.is_last, lambda: jnp.asarray(tiles.masks)
+            )
 
         return jax.lax.cond(
             jnp.any(tiles.is_last), draw, lambda: (jnp.zeros(B, jnp.int32), TokenLogprobs.zeros(B, V))
@@ -231,8 +236,13 @@ class Autoregressive:
         def count() -> TokenCounts:
             return TokenCounts.of(of_rows(history), sampling.prompt_length, at + 1, V)
 
-        chosen, logprobs = sample(logits, sampling, count, at + 1, active)
+        chosen, logprobs = sample(logits, sampling, count, at + 1, active, lambda: of_rows(state.masks))
         return replace(state, caches=caches, history=history), chosen, logprobs, hidden[:, 0]
+
+
+def mask_words(vocab: int) -> int:
+    """How many words of 32 bits have a bit for each token."""
+    return -(-vocab // 32)
 
 
 def tile_positions(tiles: PromptTiles, slots: int, capacity: int) -> Int[Array, "B T"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from realm_jax.buckets import Pool
 from realm_jax.config import Numerics
-from realm_jax.decoding import DecodeState, DraftState, PromptTiles, StepRows, tile_positions
+from realm_jax.decoding import DecodeState, DraftState, PromptTiles, StepRows, mask_words, tile_positions
 from realm_jax.model import Caches, Transformer, hidden_states, next_token_logits
 from realm_jax.sampling import sample
 from realm_jax.sampling_rows import SamplingRows, TokenCounts
@@ -235,5 +235,12 @@ class DraftModel:
         def count() -> TokenCounts:
             return TokenCounts.of(text, rows.prompt_length, positions, self.vocab)
 
-        silent = rows.replace(num_logprobs=jnp.full_like(rows.num_logprobs, -1))  # pyright: ignore[reportAttributeAccessIssue]
-        return sample(logits, silent, count, positions, active)[0]
+        plain = rows.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            num_logprobs=jnp.full_like(rows.num_logprobs, -1),
+            has_form=jnp.zeros_like(rows.has_form),  # for an answer with a form nothing is guessed
+        )
+
+        def no_masks() -> Array:
+            return jnp.zeros((logits.shape[0], mask_words(self.vocab)), jnp.uint32)
+
+        return sample(logits, plain, count, positions, active, no_masks)[0]

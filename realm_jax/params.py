@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from realm_jax.errors import RequestError
+from realm_jax.structured import StructuredOutput
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
@@ -29,6 +30,7 @@ class SamplingParams:
     logprobs: None, or how many best alternatives to report with each token.
     prompt_logprobs: the same for the prompt's tokens; with max_tokens 0, nothing else is computed.
     n: independent samples of the same prompt.
+    structured_output: the form that the text must have; it ends where nothing may follow.
     """
 
     temperature: float = 1.0
@@ -48,6 +50,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    structured_output: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         self._freeze_collections()
@@ -62,6 +65,8 @@ class SamplingParams:
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
         if len(self.stop) > MAX_STOPS:
             raise RequestError(f"stop has {len(self.stop)} strings; the limit is {MAX_STOPS}")
+        if not isinstance(self.structured_output, StructuredOutput | None):
+            raise RequestError(f"structured_output is {self.structured_output!r}; give a StructuredOutput")
         for stop in self.stop:
             if isinstance(stop, str) and len(stop) > MAX_STOP_LENGTH:
                 raise RequestError(f"stop has a string of {len(stop):,} characters; the limit is 1,024")

@@ -31,6 +31,7 @@ import jax.monitoring
 import jaxlib.version
 
 import realm_jax
+from realm_jax.kernels.pallas import tuning
 
 BUILDS = 4
 """So many folders are kept, the ones used last: each version of this package and of JAX fills its own."""
@@ -218,6 +219,7 @@ def _surroundings() -> list[Any]:
         *(os.environ.get(name) for name in variables),
         (device.platform, device.device_kind, device.client.platform_version, jax.device_count()),
         os.cpu_count(),
+        tuning.override(),
         sorted((name, repr(value)) for name, value in jax.config.values.items()),
     ]
 

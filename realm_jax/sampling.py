@@ -27,7 +27,7 @@ GROUP = 4
 
 @struct.dataclass
 class TokenLogprobs:
-    """Log-probabilities of the model itself: before temperature, truncation, penalties and bias."""
+    """Log-probabilities of the model itself: before masks, temperature, truncation, penalties and bias."""
 
     chosen: jax.Array  # [R]
     top_ids: jax.Array  # [R, MAX_LOGPROBS]
@@ -46,17 +46,24 @@ def sample(
     count: Callable[[], TokenCounts],
     positions: Int[Array, "R"],
     active: Bool[Array, "R"],
+    masks: Callable[[], UInt32[Array, "R W"]],
 ) -> tuple[Int[Array, "R"], TokenLogprobs]:
     """The token of each row, and its log-probability where any row asked for one.
 
     positions: where the tokens will stand. count: the tokens that each row has seen, asked for only if a
-    row is adjusted. Stages that no active row uses are skipped; what an inactive row gets is garbage.
+    row is adjusted. masks: a bit for each token that may come, asked for only if a row's answer has a form.
+    Stages that no active row uses are skipped; what an inactive row gets is garbage.
     """
     is_early = positions < rows.prompt_length + rows.min_tokens
+    possible = jax.lax.cond(
+        jnp.any(active & rows.has_form),
+        lambda: jnp.where(rows.has_form[:, None] & ~_bits(masks(), logits.shape[1]), -jnp.inf, logits),
+        lambda: logits,
+    )
     adjusted = jax.lax.cond(
         jnp.any(active & (is_early | _is_adjusted(rows))),
-        lambda: _adjust(logits, rows, count(), is_early),
-        lambda: logits,
+        lambda: _adjust(possible, rows, count(), is_early),
+        lambda: possible,
     )
     best = first_argmax(adjusted)
     draws = active & (rows.temperature > 0)
@@ -69,6 +76,13 @@ def sample(
     return tokens, jax.lax.cond(
         wants_logprobs, lambda: _logprobs(logits, tokens), lambda: TokenLogprobs.zeros(*logits.shape)
     )
+
+
+def _bits(words: UInt32[Array, "R W"], count: int) -> Bool[Array, "R V"]:
+    """The first bits of each row, the lowest of a word first."""
+    shifts = jnp.arange(32, dtype=jnp.uint32)
+    bits = (words[:, :, None] >> shifts[None, None]) & jnp.uint32(1)
+    return bits.reshape(words.shape[0], -1)[:, :count] > 0
 
 
 def _is_adjusted(rows: SamplingRows) -> Bool[Array, "R"]:

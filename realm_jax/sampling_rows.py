@@ -40,6 +40,7 @@ class SamplingRows:
     prompt_length: HostOrDevice  # [R]
     min_tokens: HostOrDevice  # [R] so many tokens stand before a stop token may
     num_logprobs: HostOrDevice  # [R] -1 = none wanted
+    has_form: HostOrDevice  # [R] whether a mask says which tokens may come
 
     @classmethod
     def of(
@@ -77,6 +78,7 @@ class SamplingRows:
             prompt_length=integer(prompt),
             min_tokens=integer(params.min_tokens),
             num_logprobs=integer(-1 if params.logprobs is None else params.logprobs),
+            has_form=np.array([params.structured_output is not None]),
         )
 
     @classmethod

@@ -38,7 +38,7 @@ BAD: list[tuple[str, Any, int, str | None]] = [
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [1]}, 400, "tools"),
     (
         CHAT,
-        {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}},
+        {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "xml"}},
         400,
         "response_format",
     ),

@@ -24,7 +24,7 @@ from realm_jax.decoding import Autoregressive
 from realm_jax.ggml import GGMLType
 from realm_jax.model import Transformer
 from realm_jax.nodes import Dense, Kernel, Scale, Words
-from realm_jax.parallel import OneDevice
+from realm_jax.parallel import place
 from realm_jax.projections import rotary
 from realm_jax.serving.engine import Engine
 from realm_jax.tokenizer import Tokenizer
@@ -131,8 +131,8 @@ class Bench:
             words,
             context=context,
             config=config,
-            placement=OneDevice(),
             numerics=self.numerics,
+            placement=place(config),
         )
 
     def prompts(self, count: int, length: int) -> list[list[int]]:

@@ -19,7 +19,8 @@ def compiled(
     logits: jax.Array, rows: SamplingRows, counts: TokenCounts, positions: jax.Array, active: jax.Array
 ) -> tuple[jax.Array, TokenLogprobs]:
     """`sample`, given what it would count."""
-    return sample(logits, rows, lambda: counts, positions, active)
+    masks = jnp.zeros((logits.shape[0], -(-logits.shape[1] // 32)), jnp.uint32)  # of no row
+    return sample(logits, rows, lambda: counts, positions, active, lambda: masks)
 
 
 def unseen(rows: int, vocab: int) -> TokenCounts:

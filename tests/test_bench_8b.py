@@ -7,27 +7,13 @@ import bench_8b
 import bench_kernels_matmul
 import pytest
 
-TINY = [
-    "--layers",
-    "1",
-    "--hidden",
-    "64",
-    "--heads",
-    "2",
-    "--kv-heads",
-    "1",
-    "--ffn",
-    "128",
-    "--vocab",
-    "300",
-]
-LENGTHS = ["--prompt", "64", "--depth", "20", "--tokens", "4", "--batch", "1", "--repeats", "1"]
+SIZES = {"layers": 1, "hidden": 64, "heads": 2, "kv-heads": 1, "ffn": 128, "vocab": 300}
+LENGTHS = {"prompt": 64, "depth": 20, "tokens": 4, "batch": 1, "repeats": 1}
 
 
 def test_a_tiny_8b(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(
-        sys, "argv", ["bench_8b", *["--kernels", "xla", "--weights", "int4"], *TINY, *LENGTHS]
-    )
+    flags = [f"--{name}={value}" for name, value in (SIZES | LENGTHS).items()]
+    monkeypatch.setattr(sys, "argv", ["bench_8b", "--kernels=xla", "--weights=int4", *flags])
     bench_8b.main()
     (form,) = json.loads(capsys.readouterr().out)["forms"]
     # 18 words for a unit of 128 inputs, of which these have one: qkv, out, gate and up, down, head; norms

@@ -92,12 +92,12 @@ def test_nothing_compiles_while_the_clock_runs(tiny_model: Path):
 
 
 def test_sequences_that_do_not_run_together_are_refused(tiny_model: Path):
-    llm = LLM(tiny_model, ctx_size=64, max_num_seqs=2)
+    llm = LLM(tiny_model, ctx_size=256, max_num_seqs=2)
     prompts = RandomPrompts(llm, 0)
     with pytest.raises(RequestError, match="3 sequences do not get 10 tokens together"):
         time_generation(llm.engine, prompts.draw(3, 1), 10)
-    with pytest.raises(RequestError, match="2 sequences do not get 63 tokens together"):
-        time_generation(llm.engine, prompts.draw(2, 30), 63)
+    with pytest.raises(RequestError, match="2 sequences do not get 253 tokens together"):
+        time_generation(llm.engine, prompts.draw(2, 30), 253)
     assert not llm.engine.has_work
     assert time_generation(llm.engine, prompts.draw(2, 1), 10).tokens >= 20
 
@@ -176,7 +176,7 @@ def test_a_load_is_served_as_it_comes(llm: LLM, monkeypatch: pytest.MonkeyPatch)
 
 
 def bench(model: Path, *arguments: object) -> Iterator[dict]:
-    done = realm("bench", "-m", model, "-r", 2, *arguments)
+    done = realm("bench", "-m", model, "-r", 2, "-c", 256, *arguments)  # the shapes of the other tests
     assert done.code == 0, done.err
     return iter(json.loads(done.out))
 
@@ -209,7 +209,7 @@ def test_latency_is_a_row_too(tiny_model: Path):
 def test_markdown_has_llama_benchs_columns_and_the_plot_is_a_png(tiny_model: Path, tmp_path: Path):
     plot = tmp_path / "out.png"
     done = realm(
-        *("bench", "-m", tiny_model, "-p", 64, "-n", 4, "-b", "1,2", "-r", 1),
+        *("bench", "-m", tiny_model, "-p", 190, "-n", 4, "-b", "1,2", "-r", 1),
         *("--rate", 900, "--requests", 4, "--plot", plot),
     )
     assert done.code == 0, done.err
@@ -219,7 +219,7 @@ def test_markdown_has_llama_benchs_columns_and_the_plot_is_a_png(tiny_model: Pat
     ]
     assert header == COLUMNS
     assert all(set(cell) <= set("-:") for cell in rule)
-    assert [row[-2] for row in rows] == ["pp64", "pp64", "tg4", "tg4"]
+    assert [row[-2] for row in rows] == ["pp190", "pp190", "tg4", "tg4"]
     assert all(len(row) == len(header) and " ± " in row[-1] for row in rows)
     assert len({len(line) for line in throughput.splitlines()}) == 1
     assert [line.split("|")[1].strip() for line in latency.splitlines()[2:]] == [

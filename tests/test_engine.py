@@ -64,7 +64,7 @@ def test_batched_is_alone(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_default_model_batched_is_alone(default_model: Path, dtype: str) -> None:
-    llm = LLM(default_model, dtype=dtype, ctx_size=256, max_num_seqs=16)
+    llm = LLM(default_model, dtype=dtype, ctx_size=512, max_num_seqs=16)
     subjects = ("France", "a fox", "prime numbers", "the sea", "bread", "chess", "rain", "a very long road")
     prompts = [f"Tell me about {subject}." for subject in subjects]
     params = [replace(p, max_tokens=8) for p in mixed_requests(3, count=len(prompts))[1]]
@@ -74,7 +74,7 @@ def test_the_default_model_batched_is_alone(default_model: Path, dtype: str) -> 
 
 
 def test_nothing_compiles_after_warmup(tiny_model: Path) -> None:
-    llm = LLM(tiny_model, max_num_seqs=20)
+    llm = LLM(tiny_model, max_num_seqs=16)
     assert llm.engine.warmup() == len(llm.engine.buckets.programs()) <= 24
     assert set(llm.engine.programs) == set(llm.engine.buckets.programs())
     prompts, params = mixed_requests(4, count=24)
@@ -83,6 +83,7 @@ def test_nothing_compiles_after_warmup(tiny_model: Path) -> None:
         llm.generate([random_prompt(random.Random(5), 250)], replace(GREEDY, max_tokens=20))
         list(llm.stream("hello", replace(GREEDY, n=3, temperature=1.0)))
     assert not compiled
+    assert set(llm.engine.programs) == set(llm.engine.buckets.programs())
 
 
 def test_the_compilation_counter_counts(tiny_model: Path) -> None:
@@ -94,7 +95,7 @@ def test_the_compilation_counter_counts(tiny_model: Path) -> None:
 
 
 def test_warmup_changes_no_answer(tiny_model: Path, llm: LLM) -> None:
-    warm = LLM(tiny_model, max_num_seqs=16, ctx_size=512)
+    warm = LLM(tiny_model, max_num_seqs=16, ctx_size=1024)
     warm.engine.warmup()
     prompts, params = mixed_requests(6, count=6)
     assert [said(o) for o in warm.generate(prompts, params)] == [
@@ -189,11 +190,11 @@ def test_min_tokens_masks_the_end(llm: LLM) -> None:
 
 
 def test_the_context_ends_a_sequence(tiny_model: Path) -> None:
-    llm = LLM(tiny_model, ctx_size=50)
-    output = llm.generate([[5] * 45], replace(GREEDY, max_tokens=None))[0]
+    llm = LLM(tiny_model, ctx_size=1000)
+    output = llm.generate([[5] * 995], replace(GREEDY, max_tokens=None))[0]
     assert output.finish_reason is FinishReason.LENGTH and len(output.token_ids) == 5
-    with pytest.raises(RequestError, match=r"prompt is 50 tokens; the context is 50"):
-        llm.generate([[5] * 50])
+    with pytest.raises(RequestError, match=r"prompt is 1,000 tokens; the context is 1,000"):
+        llm.generate([[5] * 1000])
 
 
 def test_abort_frees_the_slots(tiny_model: Path) -> None:
@@ -252,7 +253,7 @@ def test_a_failed_step_harms_no_later_request(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, before: bool
 ) -> None:
     """Whatever a step raises, before or after it took the state: others end as aborted, new ones run."""
-    llm = LLM(tiny_model, max_num_seqs=4)
+    llm = LLM(tiny_model, max_num_seqs=4, ctx_size=1024)
     expected = said(llm.generate("after", GREEDY)[0])
     other = llm.stream("other", GREEDY)
     next(other)

@@ -21,7 +21,8 @@ import realm_jax
 from realm_jax import LLM, SamplingParams
 from realm_jax.evaluation import RealmLM
 
-CONTEXT = 64
+CONTEXT = 256
+FLOAT32 = ("--dtype", "float32", "-c", CONTEXT)  # the shapes of `llm`, 32 sequences at once
 CHOICES = [" cat", " dog", " a mouse"]
 QUESTIONS = [f"what animal is {name}" for name in ("tom", "rex", "jerry", "felix", "lassie", "mickey")]
 ANSWERS = [0, 1, 2, 0, 1, 2]
@@ -57,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(model: Path) -> LLM:
-    return LLM(model, dtype="float32", ctx_size=CONTEXT)
+    return LLM(model, dtype="float32", ctx_size=CONTEXT, max_num_seqs=32)
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +98,7 @@ def test_the_command_reports_what_scores_and_answers_give(
     llm: LLM, tasks: Path, written: list[str], tmp_path: Path
 ) -> None:
     flags = ("--include-path", tasks, "--output-path", tmp_path, "--log_samples")
-    done = realm(
-        "eval",
-        "local_choice",
-        "local_writing",
-        "-m",
-        llm.model.path,
-        "--dtype",
-        "float32",
-        "-c",
-        CONTEXT,
-        *flags,
-    )
+    done = realm("eval", "local_choice", "local_writing", "-m", llm.model.path, *FLOAT32, *flags)
     assert done.code == 0, done.err
     assert "local_choice" in done.out and "exact_match" in done.out
     results, samples = report(tmp_path)
@@ -152,7 +142,7 @@ def test_chat_templates_are_the_models(llm: LLM, tasks: Path, tmp_path: Path) ->
         1,
     )
     chat = ("--apply-chat-template", "--system-instruction", "be kind")
-    done = realm("eval", "local_choice", "-m", llm.model.path, *chat, *flags)
+    done = realm("eval", "local_choice", "-m", llm.model.path, *FLOAT32, *chat, *flags)
     assert done.code == 0, done.err
     results, samples = report(tmp_path)
     first, second = (sample["arguments"]["gen_args_0"]["arg_0"] for sample in samples["local_choice"])
@@ -167,9 +157,10 @@ def test_python_gets_the_same(llm: LLM, tasks: Path) -> None:
     manager = TaskManager(include_path=tasks, include_defaults=False)
     facts = {"tasks": ["local_choice"], "task_manager": manager, "bootstrap_iters": 0}
     scores = [llm.score([question] * 3, CHOICES) for question in QUESTIONS]
+    options = f"dtype=float32,ctx_size={CONTEXT},max_num_seqs=32"
     for model in (
         {"model": RealmLM(llm)},
-        {"model": "realm", "model_args": f"model={llm.model.path},dtype=float32,ctx_size={CONTEXT}"},
+        {"model": "realm", "model_args": f"model={llm.model.path},{options}"},
     ):
         samples = evaluate(**model, **facts)["samples"]["local_choice"]
         expected = [[[(score.total, score.is_greedy)] for score in row] for row in scores]

@@ -13,7 +13,7 @@ from tiny import TEMPLATE, write_model
 from realm_jax import LLM, RequestError, SamplingParams
 from realm_jax.evaluation import RealmLM, sampling_params
 
-CONTEXT = 64
+CONTEXT = 256
 BRIEF = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}>"
 
 
@@ -24,7 +24,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     loud = "{{ messages[0]['content'] | upper }}"
     named = {"tokenizer.chat_template.brief": BRIEF, "tokenizer.chat_template.loud": loud}
     write_model(path, template="{{ bos_token }}" + TEMPLATE, metadata=named)
-    return LLM(path, dtype="float32", ctx_size=CONTEXT)
+    return LLM(path, dtype="float32", ctx_size=CONTEXT, max_num_seqs=32)  # the shapes of test_evaluation.py
 
 
 @pytest.fixture
@@ -93,12 +93,12 @@ def test_loglikelihood_is_the_score_of_the_tokens(llm: LLM) -> None:
 
 def test_long_contexts_are_cut_from_the_left(llm: LLM, log: pytest.LogCaptureFixture) -> None:
     lm = RealmLM(llm)
-    text = " ".join(random.Random(0).choices("abcdefgh", k=100))
+    text = " ".join(random.Random(0).choices("abcdefgh", k=2 * CONTEXT))
     (found,) = lm.loglikelihood(requests("loglikelihood", (text, " x y")))
     kept = ids_of(llm, text)[-(CONTEXT - 2) :]
     score = llm.score([kept], [ids_of(llm, "a x y")[1:]])[0]
     assert found == (score.total, score.is_greedy)
-    assert "1 of 1 requests did not fit the context of 64 tokens" in log.text
+    assert f"1 of 1 requests did not fit the context of {CONTEXT} tokens" in log.text
 
     (answer,) = lm.generate_until(
         requests("generate_until", (text, {"max_gen_toks": 10, "until": ["", "x"]}))
@@ -107,7 +107,7 @@ def test_long_contexts_are_cut_from_the_left(llm: LLM, log: pytest.LogCaptureFix
     assert answer == llm.generate([ids_of(llm, text)[-(CONTEXT - 10) :]], params)[0].text
 
 
-@pytest.mark.parametrize("length", [1, CONTEXT - 1, CONTEXT, 3 * (CONTEXT - 1), 200])
+@pytest.mark.parametrize("length", [1, CONTEXT - 1, CONTEXT, 3 * (CONTEXT - 1), 600])
 def test_rolling_scores_every_token_once(llm: LLM, length: int) -> None:
     words = random.Random(length).choices("abcdefgh", k=length)
     (found,) = RealmLM(llm).loglikelihood_rolling(requests("loglikelihood_rolling", (" ".join(words),)))
@@ -124,7 +124,7 @@ def test_rolling_scores_every_token_once(llm: LLM, length: int) -> None:
 
 
 def test_several_texts_keep_their_order(llm: LLM) -> None:
-    texts = ["a b c", "", "d e " * 50, "f"]
+    texts = ["a b c", "", "d e " * 200, "f"]
     lm = RealmLM(llm)
     together = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in texts)))
     alone = [lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))[0] for text in texts]
@@ -157,14 +157,14 @@ def test_sampling_repeats_with_lm_evals_seed() -> None:
 def test_wrong_requests(llm: LLM) -> None:
     lm = RealmLM(llm)
     for arguments, message in (
-        (("a", {"max_gen_toks": CONTEXT}), "max_gen_toks is 64; the context is 64"),
+        (("a", {"max_gen_toks": CONTEXT}), f"max_gen_toks is {CONTEXT}; the context is {CONTEXT}"),
         (("a", {"diversity_penalty": 1.0}), "diversity_penalty is unknown"),
         (("a", {"do_sample": "no"}), "do_sample is 'no'"),
     ):
         with pytest.raises(RequestError, match=message):
             lm.generate_until(requests("generate_until", arguments))
     for pair, message in (
-        (("a", "b" * CONTEXT), "a continuation is 64 tokens; the context is 64"),
+        (("a", "b" * CONTEXT), f"a continuation is {CONTEXT} tokens; the context is {CONTEXT}"),
         (("a b", ""), "adds no token"),
     ):
         with pytest.raises(RequestError, match=message):

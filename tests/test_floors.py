@@ -14,7 +14,15 @@ PACKAGE = Path(realm_jax.__file__).parent
 ROOT = PACKAGE.parent
 
 FLOORS = {
-    0: {"errors", "config", "buckets", "ggml", "params", "serving"},  # serving/__init__.py imports nothing
+    0: {
+        "errors",
+        "config",
+        "buckets",
+        "ggml",
+        "params",
+        "structured",
+        "serving",
+    },  # serving/__init__.py imports nothing
     1: {
         "lora",
         "quant",
@@ -27,7 +35,7 @@ FLOORS = {
         "sampling",
         "sampling_rows",
     }
-    | {"tokenizer", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
+    | {"tokenizer", "grammars", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
     3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring"}
     | {
@@ -44,7 +52,7 @@ FLOORS = {
             "drafting",
         )
     },
-    4: {f"serving.{name}" for name in ("engine", "registry", "runner", "packing", "stopwatch")},
+    4: {f"serving.{name}" for name in ("engine", "in_flight", "registry", "runner", "packing", "stopwatch")},
     5: {"llm", "speculation", "perplexity", "research", "training", "evaluation", "benchmark"}
     | {
         f"serving.{name}"
@@ -53,6 +61,8 @@ FLOORS = {
     6: {"cli", "__main__"},
 }
 WITHIN_A_FLOOR = {
+    ("serving.engine", "serving.in_flight"),
+    ("serving.in_flight", "serving.packing"),
     ("serving.server", "serving.keys"),
     ("lora", "quant"),
     ("lora", "kernels"),
@@ -66,6 +76,7 @@ WITHIN_A_FLOOR = {
     ("native_nodes", "nodes"),
     ("native_nodes", "kernels"),
     ("runtime", "kernels"),
+    ("programs", "kernels"),  # the tuning table decides what is compiled
     ("weights", "projections"),
     ("banks", "architectures"),
     ("banks", "weights"),
@@ -76,6 +87,8 @@ WITHIN_A_FLOOR = {
     ("parallel", "projections"),
     ("sampling", "kernels"),
     ("sampling", "sampling_rows"),
+    ("params", "structured"),
+    ("grammars", "tokenizer"),
     ("tokenizer", "gguf"),  # Tokenizer.from_gguf
     ("model", "layers"),
     ("weights", "architectures"),
@@ -115,7 +128,7 @@ WITHIN_A_FLOOR = {
     ("__main__", "cli"),
 } | {(unit, "errors") for unit in FLOORS[0]}
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
-WITHOUT_JAX = ("errors", "ggml", "params", "gguf", "tokenizer", "chat", "hub")
+WITHOUT_JAX = ("errors", "ggml", "params", "gguf", "tokenizer", "grammars", "chat", "hub")
 WITHOUT_JAX += ("serving.request", "serving.scheduler", "serving.tenants")
 MAX_LINES = 330
 SHAPELESS_NAMES = {"utils", "util", "helpers", "helper", "manager", "managers", "misc", "common"}

@@ -105,17 +105,29 @@ def test_only_so_many_are_remembered(store: KeyStore, monkeypatch: pytest.Monkey
     assert hashes.call_count == 1
 
 
-def test_what_another_process_does_counts_at_the_next_request(store: KeyStore, path: Path):
+def test_what_another_process_does_counts_at_the_next_request(store: KeyStore, path: Path, clock: Clock):
     """Another connection stands for the other process; the store has the key in memory."""
-    with KeyStore(path) as other:
+    with KeyStore(path, wall=clock) as other:
         made = other.create("a")
         store.verify(made.text)
         store.verify(made.text)
         assert other.revoke(made.key.id) == made.key
         with pytest.raises(AuthenticationError, match="unknown, revoked or expired"):
             store.verify(made.text)
+        clock.now += 60
         again = other.revoke(made.key.id)
-        assert again.revoked is not None and store.all() == [again]  # the first time stands
+        assert again.revoked == clock.now - 60 and store.all() == [again]  # the first time stands
+
+
+def test_what_is_remembered_is_of_the_row_that_stands_there(store: KeyStore, path: Path):
+    made = store.create("a")
+    store.verify(made.text)
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("UPDATE keys SET hash = ?", (b"x" * 32,))
+    connection.close()
+    with pytest.raises(AuthenticationError, match="unknown, revoked or expired"):
+        store.verify(made.text)
 
 
 def test_a_key_expires(store: KeyStore, clock: Clock):

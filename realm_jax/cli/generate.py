@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from realm_jax.cli import options
+from realm_jax.cli.forms import FormFlags, read_form
 from realm_jax.cli.processes import ProcessFlags, join
 from realm_jax.cli.text import read_text
 from realm_jax.errors import RequestError
@@ -36,6 +37,7 @@ def generate(
     system: options.System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat template.")] = False,
     sampling: options.SamplingFlags,
+    form: FormFlags,
     num_samples: Annotated[int, typer.Option(help="Independent answers.", metavar="N")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     logprobs: Annotated[
@@ -47,19 +49,22 @@ def generate(
     """Answer a prompt. The model's chat template is applied when it has one.
 
     Example: realm generate "What is the capital of France?" --temperature 0
+    Example: realm generate "Invent a person." --json-schema person.json
     """
     text = _prompt_text(prompt, prompt_flag, file)
     if logprobs is not None and not as_json:
         raise RequestError("--logprobs needs --json")
     if raw and system is not None:
         raise RequestError("--system needs the chat template; remove --raw")
+    structured = read_form(form)
 
     from realm_jax.cli.session import Status, open_model, sampling_params
 
     join(processes, engine)
     status = Status()
     llm = open_model(engine, status, max_num_seqs=min(max(num_samples, 1), 16))
-    params = sampling_params(llm.model.metadata, sampling, logprobs=logprobs, n=num_samples)
+    more = {"logprobs": logprobs, "n": num_samples, "structured_output": structured}
+    params = sampling_params(llm.model.metadata, sampling, **more)
     ids = _prompt_ids(llm, text, system, raw)
     run = _Run(llm, llm.stream(ids, params), status)
     if as_json:

@@ -44,7 +44,7 @@ def serve(
         Path | None,
         typer.Option("--tenants", help="A TOML file of tenants and their limits.", metavar="FILE"),
     ] = None,
-    keys: Annotated[
+    keys_file: Annotated[
         Path | None,
         typer.Option(
             "--keys",
@@ -113,7 +113,7 @@ def serve(
         insecure,
         drain_timeout,
         log_prompts,
-        tenancy=_tenancy(tenants, keys),
+        tenancy=_tenancy(tenants, keys_file),
         adapter_folder=_folder(lora_dir),
     )
     start_logging()

@@ -7,8 +7,11 @@ from pathlib import Path
 from realm_jax.errors import RequestError
 
 
-def read_text(source: str | Path) -> str:
-    """The text that an argument is, or the contents of the file that a path names; - is stdin."""
+def read_text(source: str | Path, flag: str = "--file") -> str:
+    """The text that an argument is, or the contents of the file that a path names; - is stdin.
+
+    flag: which the path was given to.
+    """
     try:
         if str(source) == "-":
             return sys.stdin.read()
@@ -16,9 +19,9 @@ def read_text(source: str | Path) -> str:
             return source.read_text("utf-8")
         source.encode()  # a terminal may hand over bytes that are no text
     except OSError as error:
-        raise RequestError(f"--file {source}: {error.strerror}") from error
+        raise RequestError(f"{flag} {source}: {error.strerror}") from error
     except UnicodeError as error:
-        name = {"-": "stdin"}.get(str(source), f"--file {source}" if isinstance(source, Path) else "the text")
+        name = {"-": "stdin"}.get(str(source), f"{flag} {source}" if isinstance(source, Path) else "the text")
         raise RequestError(f"{name} is not UTF-8: {error}") from error
     return source
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from realm_jax import __version__
-from realm_jax.errors import RealmError, RequestError
+from realm_jax.errors import RealmError, RequestError, UnsupportedError
 from realm_jax.llm import LLM
 from realm_jax.serving.answers import response_body
 from realm_jax.serving.bodies import Task, read_task
@@ -109,7 +109,7 @@ class BatchJob:
                 try:
                     engine.add_request(following[2])
                     queued += 1
-                except RequestError as error:
+                except (RequestError, UnsupportedError) as error:
                     yield _error(following[0], error)
             for delta in engine.step():
                 if delta.output is None:

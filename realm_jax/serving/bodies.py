@@ -9,6 +9,7 @@ from realm_jax.errors import RequestError, UnsupportedError
 from realm_jax.llm import LLM
 from realm_jax.params import SamplingParams
 from realm_jax.serving.request import chosen_adapters
+from realm_jax.structured import read_structured_output
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SAMPLING = (
@@ -28,6 +29,7 @@ SAMPLING = (
     "prompt_logprobs",
     "n",
 )
+FORM = ("response_format", "structured_outputs")
 IGNORED = ("model", "user", "metadata", "store")  # they change no answer, unless an adapter is named so
 HARMLESS = {
     "stream": False,
@@ -35,7 +37,6 @@ HARMLESS = {
     "best_of": 1,
     "tools": None,
     "tool_choice": None,
-    "response_format": {"type": "text"},
     "service_tier": "auto",
 }
 OWN = {COMPLETIONS: ("prompt", "echo"), CHAT: ("messages", "max_completion_tokens", "top_logprobs")}
@@ -46,7 +47,7 @@ TEMPLATE_VARIABLES = {"enable_thinking": bool, "thinking": bool, "reasoning_effo
 
 def known_fields(url: str) -> frozenset[str]:
     """The fields that a body to the URL may have."""
-    return frozenset({"lora", *SAMPLING, *IGNORED, *HARMLESS, *OWN[url], "logprobs", "logit_bias"})
+    return frozenset({"lora", *SAMPLING, *FORM, *IGNORED, *HARMLESS, *OWN[url], "logprobs", "logit_bias"})
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _params(is_chat: bool, body: Mapping[str, Any]) -> SamplingParams:
         if not isinstance(bias, dict) or not all(str(token).isdecimal() for token in bias):
             raise RequestError("logit_bias must be an object of token ids and numbers")
         given["logit_bias"] = {int(token): value for token, value in bias.items()}
-    return SamplingParams(**given)
+    return SamplingParams(**given, structured_output=read_structured_output(body))
 
 
 def checked_prompt(value: object, name: str = "prompt") -> str | list[int]:

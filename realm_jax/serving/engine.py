@@ -5,25 +5,24 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from realm_jax.buckets import Buckets
 from realm_jax.config import EngineConfig, Numerics
-from realm_jax.decoding import Guess, StepOutput, Strategy
+from realm_jax.decoding import Guess, Strategy
 from realm_jax.errors import RequestError
+from realm_jax.grammars import Grammars, Verdict
 from realm_jax.lora import Adapter
 from realm_jax.model import Transformer
 from realm_jax.parallel import Placement
 from realm_jax.programs import Programs
 from realm_jax.sampling import TokenLogprobs
 from realm_jax.sampling_rows import SamplingRows
-from realm_jax.scoring import TargetLogprobs
 from realm_jax.serving.adapters import LoadAdapter
 from realm_jax.serving.drafting import Drafting
-from realm_jax.serving.packing import PromptTargets, prompt_targets
+from realm_jax.serving.in_flight import Decoded, Prefilled
+from realm_jax.serving.packing import prompt_targets
 from realm_jax.serving.plans import Copy, Decode, Prefill
 from realm_jax.serving.registry import AdapterRegistry
 from realm_jax.serving.request import DraftMetrics, FinishReason, Request, Sequence, TextDelta
@@ -33,28 +32,6 @@ from realm_jax.serving.stopwatch import Stopwatch
 from realm_jax.serving.transcript import Transcript
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """A step that the device was given and whose tokens have not been read."""
-
-    sequences: tuple[Sequence | None, ...]  # by row
-    output: StepOutput
-    plan: Decode | None = None  # of a step; None of prompts' ends
-    given: float = 0.0  # when
-
-
-@dataclass(frozen=True)
-class _Prefilled:
-    """A prefill call that the device was given and of which nothing has been read."""
-
-    plan: Prefill
-    output: StepOutput
-    scored: PromptTargets | None
-    logprobs: TargetLogprobs | None
-    hidden: jax.Array | None  # [B, T, D], where a prompt's embedding is wanted
-
 
 _OUTCOMES = {Guess.NONE: None, Guess.WRONG: False, Guess.RIGHT: True}
 
@@ -102,10 +79,11 @@ class Engine:
         self._runner = Runner(strategy, model, params, self.buckets, programs or Programs(), on_compile)
         self._tokenizer = tokenizer
         self._vocab = model.config.vocab_size
+        self.grammars = Grammars(tokenizer, self._vocab)
         self.adapters = AdapterRegistry(
             self._runner, self.scheduler.adapters, model.config, numerics, placement, config, spare
         )
-        self._in_flight: deque[_Decoded | _Prefilled] = deque()
+        self._in_flight: deque[Decoded | Prefilled] = deque()
         self._transcripts: dict[str, list[Transcript]] = {}  # by request
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
         self._num_added = itertools.count()
@@ -129,7 +107,8 @@ class Engine:
     def add_request(self, request: Request) -> None:
         """The request runs with the next steps.
 
-        Raises RequestError if it cannot be served, CapacityError if too many wait.
+        Raises RequestError if it cannot be served, CapacityError if too many wait. A grammar is compiled here
+        if `grammars` has not done so before, which another thread may ask for.
         """
         if request.id in self._transcripts:
             raise RequestError(f"request id {request.id!r} is in use; choose another")
@@ -140,7 +119,11 @@ class Engine:
             )
         self._check_token_ids(request)
         self.adapters.check(request.adapters)
+        form = request.params.structured_output
+        grammar = None if form is None else self.grammars.compile(form)
         sequences = self.scheduler.add(request)
+        for sequence in sequences:
+            sequence.matcher = None if grammar is None else grammar.matcher()
         self._transcripts[request.id] = [Transcript(sequence, self._tokenizer) for sequence in sequences]
         if request.timeout is not None:
             end = request.arrival + request.timeout
@@ -225,21 +208,21 @@ class Engine:
             self._give(plan)
         if self._in_flight and (plan is None or len(self._in_flight) > 1):
             call = self._in_flight.popleft()
-            return self._commit_prompts(call) if isinstance(call, _Prefilled) else self._commit_step(call)
+            return self._commit_prompts(call) if isinstance(call, Prefilled) else self._commit_step(call)
         return []
 
     def _give(self, plan: Prefill | Decode) -> None:
         """The device has the plan's call."""
         given, known = self._stopwatch.now(), len(self.programs)
         if isinstance(plan, Decode):
-            self._in_flight.append(_Decoded(plan.sequences, self._runner.decode(plan), plan, given))
+            self._in_flight.append(Decoded(plan.sequences, self._runner.decode(plan), plan, given))
         else:
             scored = prompt_targets(plan)
             output, logprobs, hidden = self._runner.prefill(plan, self._sampling_row, scored)
             embeds = any(tile.sequence.request.embeds for tile in plan.tiles)
             if embeds or scored is not None or any(tile.is_last for tile in plan.tiles):
                 kept = hidden if embeds else None
-                self._in_flight.append(_Prefilled(plan, output, scored, logprobs, kept))
+                self._in_flight.append(Prefilled(plan, output, scored, logprobs, kept))
         if isinstance(plan, Prefill) or len(self.programs) > known:
             self._stopwatch.disturb()
 
@@ -253,7 +236,7 @@ class Engine:
             vocab=self._vocab,
         )
 
-    def _commit_prompts(self, call: _Prefilled) -> list[TextDelta]:
+    def _commit_prompts(self, call: Prefilled) -> list[TextDelta]:
         if call.scored is not None and call.logprobs is not None:
             found = call.logprobs
             arrays = [np.asarray(x) for x in (found.chosen, found.is_greedy, found.top_ids, found.top)]
@@ -269,9 +252,9 @@ class Engine:
                 if tile.sequence.finish_reason is None and tile.sequence.request.embeds:
                     self._transcript(tile.sequence).push_hidden(hidden[row, : len(tile.tokens)])
         rows = tuple(tile.sequence if tile.is_last else None for tile in call.plan.tiles)
-        return self._commit_step(_Decoded(rows, call.output))
+        return self._commit_step(Decoded(rows, call.output))
 
-    def _commit_step(self, call: _Decoded) -> list[TextDelta]:
+    def _commit_step(self, call: Decoded) -> list[TextDelta]:
         """What the rows gave; those of one sequence stand together."""
         tokens, is_real = np.asarray(call.output.tokens), np.asarray(call.output.is_real)
         self._stopwatch.read(call.plan, call.given)
@@ -304,10 +287,22 @@ class Engine:
             text += transcript.push([token])
             if transcript.met_stop_string:
                 self.scheduler.finish(sequence, FinishReason.STOP)
+            self._advance(sequence, token)
         delta = transcript.delta(text, taken)
         if sequence.finish_reason is not None:
             self._forget(sequence.request.id)
         return delta
+
+    def _advance(self, sequence: Sequence, token: int) -> None:
+        """What may follow the token is known; the sequence has ended if nothing may."""
+        if sequence.matcher is None or sequence.finish_reason is FinishReason.STOP:
+            return
+        verdict = sequence.matcher.advance(token)
+        if verdict is Verdict.COMPLETE:
+            self.scheduler.finish(sequence, FinishReason.STOP)
+            sequence.finish_reason = FinishReason.STOP  # even where its last token was the last allowed
+        elif verdict is Verdict.STUCK:
+            self.scheduler.finish(sequence, FinishReason.ERROR)
 
     def _transcript(self, sequence: Sequence) -> Transcript:
         return self._transcripts[sequence.request.id][sequence.sample_index]

@@ -7,7 +7,7 @@ import numpy as np
 
 from realm_jax.buckets import Pool
 from realm_jax.config import MAX_LORAS_PER_REQUEST, TILE
-from realm_jax.decoding import PromptTiles, StepRows
+from realm_jax.decoding import PromptTiles, StepRows, mask_words
 from realm_jax.lora.banked import AdapterRows
 from realm_jax.sampling_rows import SamplingRows
 from realm_jax.serving.plans import Decode, Prefill, Tile
@@ -38,6 +38,7 @@ def pack_prompts(
     adapters = no_adapters(B)
     idle = SamplingRows.greedy(1, vocab)
     rows = [idle] * B
+    masks = np.zeros((B, mask_words(vocab)), np.uint32)
     for i, tile in enumerate(plan.tiles):
         tokens[i, : len(tile.tokens)] = tile.tokens
         slots[i], starts[i], lengths[i] = tile.slot, tile.start, len(tile.tokens)
@@ -46,7 +47,9 @@ def pack_prompts(
             adapters.index[i, j], adapters.scale[i, j] = tile.sequence.bank_slots[j], scale
         if tile.is_last:
             rows[i] = row_of(tile.sequence)
-    return PromptTiles(tokens, slots, starts, lengths, is_last, adapters, SamplingRows.join(rows))
+            if tile.sequence.matcher is not None:
+                masks[i] = tile.sequence.matcher.allowed
+    return PromptTiles(tokens, slots, starts, lengths, is_last, adapters, SamplingRows.join(rows), masks)
 
 
 def pack_rows(plan: Decode, pool: Pool) -> StepRows:
@@ -57,6 +60,18 @@ def pack_rows(plan: Decode, pool: Pool) -> StepRows:
             slots[i] = sequence.slot
             offsets[i] = offsets[i - 1] + 1 if i and plan.sequences[i - 1] is sequence else 0
     return StepRows(slots, offsets)
+
+
+def pack_masks(plan: Decode, pool: Pool, vocab: int) -> np.ndarray | None:
+    """The masks of the plan's sequences by slot [S, W]; None where no answer has a form."""
+    formed = [s for s in plan.sequences if s is not None and s.matcher is not None]
+    if not formed:
+        return None
+    masks = np.zeros((pool.slots, mask_words(vocab)), np.uint32)
+    for sequence in formed:
+        if sequence.matcher is not None and sequence.slot is not None:
+            masks[sequence.slot] = sequence.matcher.allowed
+    return masks
 
 
 def no_adapters(rows: int) -> AdapterRows:

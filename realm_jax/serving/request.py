@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from realm_jax.config import TILE
 from realm_jax.errors import RequestError
+from realm_jax.grammars import Matcher
 from realm_jax.params import SamplingParams
 from realm_jax.serving.drafting import DraftRecord
 
@@ -20,6 +21,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_tokens, or the context's end
     ABORT = "abort"
     TIMEOUT = "timeout"  # the request's own
+    ERROR = "error"  # its grammar came to a dead end, or took more than one may: the text is cut
 
 
 class TokenLogprob(TypedDict):
@@ -253,6 +255,12 @@ class Sequence:
     finish_reason: FinishReason | None = None
     first_token_at: float | None = None
     drafts: DraftRecord | None = None  # of its guesses, where something guesses
+    matcher: Matcher | None = None  # of the form that its answer must have
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether what may come next is known only when all that was dispatched has been read."""
+        return self.matcher is not None and self.dispatched > len(self.token_ids)
 
     @property
     def prompt_length(self) -> int:

@@ -1,5 +1,6 @@
 """Runs plans on the device: owns its state, and announces and times what is compiled."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ from realm_jax.model import Transformer
 from realm_jax.programs import Program, Programs
 from realm_jax.sampling_rows import SamplingRows
 from realm_jax.scoring import TargetLogprobs, score_tiles
-from realm_jax.serving.packing import PromptTargets, pack_prompts, pack_rows
+from realm_jax.serving.packing import PromptTargets, pack_masks, pack_prompts, pack_rows
 from realm_jax.serving.plans import Copy, Decode, Prefill
 from realm_jax.serving.request import Sequence
 from realm_jax.weights import Params
@@ -71,7 +72,12 @@ class Runner:
 
     def decode(self, plan: Decode) -> StepOutput:
         """The plan's sequences are one step further."""
-        rows = pack_rows(plan, self._buckets.pools[plan.pool])
+        pool = self._buckets.pools[plan.pool]
+        if (masks := pack_masks(plan, pool, self._vocab)) is not None:
+            state = self._state(plan.pool)
+            placed = jax.device_put(masks, state.masks.sharding)
+            self._states[plan.pool] = dataclasses.replace(state, masks=placed)
+        rows = pack_rows(plan, pool)
         return self._step(plan.pool, rows, self._width(s for s in plan.sequences if s is not None))
 
     def copy(self, plan: Copy) -> None:

@@ -6,7 +6,8 @@ copied, the rest is prefilled, several prompts in one call, cut at multiples of 
 it. Then it decodes with all others of its pool, and moves up to the next pool when it has filled its slot. A
 slot that is taken gives what it holds to the free one that is least worth: of reusable prompts the one used
 longest ago is lost. Prefill and decode take turns, so that running sequences wait for one prefill call at
-most between steps, and prompts for one step between calls.
+most between steps, and prompts for one step between calls. A sequence whose answer must have a form misses
+the step in which its last token is not yet read: what may follow it is not yet known.
 """
 
 import math
@@ -262,8 +263,8 @@ class Scheduler:
         for offset in range(count):
             pool = (self._next_pool + offset) % count
             held = [slot.sequence for slot in self.slots[pool]]
-            ready = [s if s is not None and self._fits_step(s, pool) else None for s in held]
-            if not any(ready):
+            ready = [s if s is not None and self._can_step(s, pool) else None for s in held]
+            if not any(ready) or _gathers(held, ready):
                 continue
             self._next_pool = (pool + 1) % count
             rows, chosen = self._rows(pool, ready)
@@ -280,10 +281,13 @@ class Scheduler:
             used = max(i + 1 for i, sequence in enumerate(ready) if sequence is not None)
             return (rows := shape.rows_for(used)), tuple(ready[:rows])
         some = [(s, s.drafts) for s in ready if s is not None and s.drafts is not None]
-        rooms = [min(s.max_new_tokens - s.dispatched, shape.capacity - s.cached) - 1 for s, _ in some]
+        rooms = [_room(s, shape.capacity) for s, _ in some]
         rows, drafts = self.drafting.lengths(pool, shape, [record for _, record in some], rooms)
         chosen = tuple(s for (s, _), count in zip(some, drafts, strict=True) for _ in range(1 + count))
         return rows, chosen + (None,) * (rows - len(chosen))
+
+    def _can_step(self, sequence: Sequence, pool: int) -> bool:
+        return not sequence.awaits_mask and self._fits_step(sequence, pool)
 
     def _fits_step(self, sequence: Sequence, pool: int) -> bool:
         return sequence.wants_step and sequence.cached < self.buckets.pools[pool].capacity
@@ -302,3 +306,19 @@ class Scheduler:
                     self.slots.take(free[0], sequence, slot.tiles)
                     self.slots.release(slot)
                     return
+
+
+def _room(sequence: Sequence, capacity: int) -> int:
+    """How many guesses a step may verify: of an answer with a form none, for lack of their masks."""
+    if sequence.matcher is not None:
+        return 0
+    return min(sequence.max_new_tokens - sequence.dispatched, capacity - sequence.cached) - 1
+
+
+def _gathers(held: list[Sequence | None], ready: list[Sequence | None]) -> bool:
+    """Whether a step of these would be without others that only wait to be read: all have forms.
+
+    Else these and those would take turns, each in steps that are half empty.
+    """
+    waits = any(s is not None and s.awaits_mask and s.wants_step for s in held)
+    return waits and all(s is None or s.matcher is not None for s in ready)

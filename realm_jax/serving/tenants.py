@@ -153,29 +153,20 @@ class TokenBucket:
     """Room for `per_minute`, which fills up evenly in a minute. Exact: whole numbers, nanoseconds."""
 
     def __init__(self, per_minute: int, now: int) -> None:
-        self._per_minute = per_minute
+        self.per_minute = per_minute
         self._level = per_minute * MINUTE  # in tokens, times MINUTE
         self._filled_at = now
 
-    def refit(self, per_minute: int) -> None:
-        """The limit is another from now on."""
-        self._per_minute = per_minute
-        self._level = min(self._level, per_minute * MINUTE)
-
     def wait(self, count: int, now: int) -> int:
         """Nanoseconds until there is room for so many, which are not more than a minute's."""
-        self.fill(now)
-        return max(-((self._level - count * MINUTE) // self._per_minute), 0)
+        elapsed = max(now - self._filled_at, 0)
+        self._level = min(self._level + elapsed * self.per_minute, self.per_minute * MINUTE)
+        self._filled_at = max(now, self._filled_at)
+        return max(-((self._level - count * MINUTE) // self.per_minute), 0)
 
     def take(self, count: int) -> None:
         """So many are gone; a negative number gives back."""
-        self._level = min(self._level - count * MINUTE, self._per_minute * MINUTE)
-
-    def fill(self, now: int) -> None:
-        """What came since is there."""
-        elapsed = max(now - self._filled_at, 0)
-        self._level = min(self._level + elapsed * self._per_minute, self._per_minute * MINUTE)
-        self._filled_at = max(now, self._filled_at)
+        self._level = min(self._level - count * MINUTE, self.per_minute * MINUTE)
 
 
 @dataclass(eq=False)
@@ -190,7 +181,7 @@ class _Account:
             self.buckets.pop(limit, None)
             return None
         bucket = self.buckets.setdefault(limit, TokenBucket(per_minute, now))
-        bucket.refit(per_minute)
+        bucket.per_minute = per_minute  # it may have changed
         return bucket
 
 
@@ -271,7 +262,6 @@ class Limiter:
             admission.is_settled = True
             admission._account.in_flight -= 1
             if admission._tokens is not None:
-                admission._tokens.fill(self._clock())
                 admission._tokens.take(used - admission.charged)
 
 

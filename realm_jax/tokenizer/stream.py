@@ -34,8 +34,12 @@ class TextStream:
         skip_special: bool = True,
         *,
         continues: bool = False,
+        verbatim: bool = False,
     ) -> None:
-        """`continues`: the ids go on behind a prompt, so that a first space is part of the text."""
+        """`continues`: the ids go on behind a prompt, so that a first space is part of the text.
+
+        `verbatim`: no space is removed, whatever decoding would do.
+        """
         if "" in stop:
             raise RequestError("stop has an empty string; leave it out to stop at end tokens only")
         self.stopped: str | None = None
@@ -43,6 +47,7 @@ class TextStream:
         self._stop = tuple(stop)
         self._skip_special = skip_special
         self._first = not continues
+        self._cleans = tokenizer.clean_spaces and not verbatim
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._unsettled: list[str] = []
         self._held = ""
@@ -73,7 +78,7 @@ class TextStream:
 
     def _clean(self, new: str) -> str:
         """The settled part of the text, cleaned. The rest waits: what follows decides on its spaces."""
-        if not self._tokenizer.clean_spaces:
+        if not self._cleans:
             return new
         context = self._unsettled[-1][-1] if self._unsettled else ""
         end = _settled(context + new) - len(context)

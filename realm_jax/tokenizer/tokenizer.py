@@ -140,11 +140,14 @@ class Tokenizer:
             known = self._bytes[token_id] = self._spell(self._checked(token_id))
         return known
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = False, *, continues: bool = False
+    ) -> list[int]:
         """The ids of a text.
 
         `add_special` adds BOS and EOS where the model wants them; `parse_special` reads the texts of control
-        tokens as these tokens. User-defined tokens are always read.
+        tokens as these tokens. User-defined tokens are always read. `continues`: the text goes on behind
+        another, so that SentencePiece models add no space before it.
         """
         try:
             text.encode()
@@ -154,7 +157,7 @@ class Tokenizer:
             ) from None
         vocabulary = self._vocabulary
         ids = [vocabulary.bos] if add_special and vocabulary.add_bos and vocabulary.bos is not None else []
-        after_special = True
+        after_special = not continues
         for part in self._parts(text, parse_special):
             if isinstance(part, int):
                 ids.append(part)

@@ -42,7 +42,7 @@ def attention(
     K, C = k.shape[1:3]
     target = target or tuning.target()
     kernel = _KERNELS[target.platform]
-    blocks = blocks or _blocks(kernel, target, T, H, k)
+    blocks = blocks or _blocks(kernel, target, T, H, k.dtype)
     slots = jnp.arange(B, dtype=jnp.int32) if slots is None else slots
     # no division in the kernel: each stacked query has its position
     at = jnp.repeat(jnp.where(positions < C, positions, -1), N // K, axis=1)
@@ -61,15 +61,15 @@ def attention(
     return _unstack(out, T)
 
 
-def bucket(tokens: int, head_dim: int, k: Any) -> str:
+def bucket(tokens: int, head_dim: int, cached: jnp.dtype) -> str:
     """The shapes that share block sizes: phase / type of the products / padded head / type of the cache."""
     phase = "decode" if tokens <= FEW_TOKENS else "prefill"
-    return f"{phase}/{arithmetic(k)}/{pl.next_power_of_2(head_dim)}/{k.dtype}"
+    return f"{phase}/{arithmetic(cached)}/{pl.next_power_of_2(head_dim)}/{cached}"
 
 
-def _blocks(kernel: Any, target: tuning.Target, tokens: int, head_dim: int, k: Array) -> Blocks:
+def _blocks(kernel: Any, target: tuning.Target, tokens: int, head_dim: int, cached: jnp.dtype) -> Blocks:
     name = f"attention_{target.platform}"
-    found = tuning.sizes(name, target.kind, bucket(tokens, head_dim, k))
+    found = tuning.sizes(name, target.kind, bucket(tokens, head_dim, cached))
     try:
         return kernel.Blocks(**found)
     except TypeError as problem:

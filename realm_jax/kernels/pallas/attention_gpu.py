@@ -71,7 +71,7 @@ def attention(
     C, W = k.shape[2], _power(H)
     blocks = blocks.fitted(M, C)
     tail = -M % blocks.rows
-    q = jnp.pad(q.astype(arithmetic(k)), ((0, 0), (0, 0), (0, tail), (0, W - H)))
+    q = jnp.pad(q.astype(arithmetic(k.dtype)), ((0, 0), (0, 0), (0, tail), (0, W - H)))
     padded = jnp.pad(at, ((0, 0), (0, tail)), constant_values=-1)
     if sinks is not None:
         sinks = jnp.pad(sinks, ((0, 0), (0, tail)))

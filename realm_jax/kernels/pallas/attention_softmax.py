@@ -28,9 +28,9 @@ class Form:
     window: int | None
 
 
-def arithmetic(k: Array) -> jnp.dtype:
-    """The type in which a cache's numbers are multiplied."""
-    return k.dtype if jnp.issubdtype(k.dtype, jnp.floating) else jnp.dtype(jnp.bfloat16)
+def arithmetic(cached: jnp.dtype) -> jnp.dtype:
+    """The type in which the numbers of a cache of this type are multiplied."""
+    return cached if jnp.issubdtype(cached, jnp.floating) else jnp.dtype(jnp.bfloat16)
 
 
 def empty(sinks: Float[Array, "M 1"] | None, rows: int, width: int) -> State:

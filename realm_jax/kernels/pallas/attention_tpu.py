@@ -75,7 +75,7 @@ def attention(
     B, M = q.shape[0], q.shape[2]
     blocks = blocks.fitted(q, k, scales is not None)
     tail = -M % blocks.rows
-    q = jnp.pad(q.astype(arithmetic(k)), ((0, 0), (0, 0), (0, tail), (0, 0)))
+    q = jnp.pad(q.astype(arithmetic(k.dtype)), ((0, 0), (0, 0), (0, tail), (0, 0)))
     at = jnp.pad(at, ((0, 0), (0, tail)), constant_values=-1)
     if sinks is not None:
         sinks = jnp.pad(sinks, ((0, 0), (0, tail)))[..., None]

@@ -31,11 +31,10 @@ def matmul(
     A row's bits depend on that row and the device's block sizes; up to 64 rows, not on how many they are.
     """
     where = where or target()
-    M = x.shape[0]
-    blocks = blocks_for(M, x.dtype, where)
-    x = jnp.pad(x, ((0, -M % blocks.rows), (0, form.padded - form.inputs)))
+    blocks = blocks_for(x.shape[0], x.dtype, where)
+    x = jnp.pad(x, ((0, 0), (0, form.padded - form.inputs)))
     kernel = matmul_tpu.matmul if where.platform == "tpu" else matmul_gpu.matmul
-    return kernel(x, words[None], None, form, blocks, interpret=where.interpret)[:M]
+    return kernel(x, words[None], None, form, blocks, interpret=where.interpret)
 
 
 def grouped_matmul(

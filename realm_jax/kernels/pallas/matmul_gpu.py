@@ -54,18 +54,19 @@ def matmul(
 
     None: the first's; -1: no one's, the result is zero.
     """
+    tail = -x.shape[0] % blocks.rows
     rows, columns = x.shape[0], words.shape[-1]
     splits = blocks.splits(form, columns)
     parts = pl.pallas_call(
         functools.partial(_kernel, form=form, blocks=blocks, splits=splits),
-        grid=(rows // blocks.rows, -(-columns // blocks.outputs), splits),
+        grid=((rows + tail) // blocks.rows, -(-columns // blocks.outputs), splits),
         in_specs=[pl.BlockSpec(), pl.BlockSpec(), None if expert is None else pl.BlockSpec()],
         out_specs=pl.BlockSpec(),
         out_shape=jax.ShapeDtypeStruct((splits, rows, columns), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="quantized_matmul",
-    )(x, words, expert)
+    )(jnp.pad(x, ((0, tail), (0, 0))), words, expert)
     return functools.reduce(jnp.add, parts)  # pyright: ignore[reportReturnType]
 
 
@@ -100,7 +101,8 @@ def _kernel(
     end = jnp.where(chosen < 0, 0, jnp.minimum((split + 1) * length, form.units))
     total = jnp.zeros((blocks.rows, blocks.outputs), jnp.float32)
     total = jax.lax.fori_loop(split * length, end, add_unit, total)
-    plgpu.store(out_ref.at[split, rows, columns], total, mask=exists)
+    is_real = tile * blocks.rows + jnp.arange(blocks.rows, dtype=jnp.int32) < out_ref.shape[1]
+    plgpu.store(out_ref.at[split, rows, columns], total, mask=is_real[:, None] & exists)
 
 
 def _dot(x: Array, weights: Array) -> Array:

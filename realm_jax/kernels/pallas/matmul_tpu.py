@@ -46,7 +46,8 @@ def matmul(
 
     None: the first's; -1: no one's, the result is zero.
     """
-    rows, columns = x.shape[0], words.shape[-1]
+    tail = -x.shape[0] % blocks.rows
+    rows, columns = x.shape[0] + tail, words.shape[-1]
     units = blocks.units(form)
     tiles = rows // blocks.rows
     if expert is None:
@@ -72,7 +73,7 @@ def matmul(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="quantized_matmul",
-    )(expert, x, words)  # pyright: ignore[reportReturnType]
+    )(expert, jnp.pad(x, ((0, tail), (0, 0))), words)[: rows - tail]  # pyright: ignore[reportReturnType]
 
 
 def _kernel(

@@ -46,8 +46,7 @@ def target() -> Target:
 
 def sizes(kernel: str, kind: str, bucket: str) -> Sizes:
     """The block sizes of a kernel for such shapes on a device of this kind."""
-    override = os.environ.get(VARIABLE)
-    tables = ([read(Path(override))] if override else []) + [read(TABLE)]
+    tables = [table for table in (override(), read(TABLE)) if table is not None]
     parts = bucket.split("/")
     names = ["/".join(parts[:n]) for n in range(len(parts), 0, -1)]
     for table in tables:
@@ -57,6 +56,12 @@ def sizes(kernel: str, kind: str, bucket: str) -> Sizes:
                 if name in buckets:
                     return buckets[name]
     raise RequestError(f"no block sizes for {kernel} {bucket!r} on {kind!r}; add them to {TABLE.name}")
+
+
+def override() -> Table | None:
+    """The table that `VARIABLE` names, which decides with `TABLE` what is compiled."""
+    path = os.environ.get(VARIABLE)
+    return read(Path(path)) if path else None
 
 
 @functools.cache

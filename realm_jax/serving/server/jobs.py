@@ -83,6 +83,8 @@ def job_of(url: str, value: Any, llm: LLM, names: ModelNames, limits: Limits, te
                 cache_salt=transport["cache_salt"] or "",
             )
         )
+    if (form := tasks[0].params.structured_output) is not None:
+        llm.engine.grammars.compile(form)  # here, so that the engine's thread finds it made
     _check_size(requests, llm.model.context, limits)
     usage = body.stream_options is not None and body.stream_options.include_usage
     return Job(id, model, int(time.time()), tasks, tuple(requests), stream, usage)

@@ -75,7 +75,8 @@ class GenerationBody(Body):
     best_of: Refused = None
     tools: Refused = None
     tool_choice: Refused = None
-    response_format: Annotated[Any, Field(description='Only {"type": "text"}.')] = None
+    response_format: Annotated[Any, Field(description="OpenAI's: text, json_object, json_schema.")] = None
+    structured_outputs: Annotated[Any, Field(description="vLLM's: json, regex, choice, grammar.")] = None
     service_tier: Annotated[Any, Field(description='Only "auto".')] = None
 
 
