@@ -1,10 +1,12 @@
 """Compiled grammars of one vocabulary, the last used ones kept."""
 
+import contextlib
 import json
 import queue
 import subprocess
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -99,6 +101,7 @@ class Grammars:
         """What the other process says of it."""
         if self._trial is None:
             self._trial = _Trial(self._spelled())
+            weakref.finalize(self, self._trial.end)
         try:
             return self._trial.ask({"kind": kind, "text": text})
         except _Ended as error:
@@ -166,13 +169,14 @@ class _Trial:
         return json.loads(self._said(json.dumps(question), SECONDS))
 
     def end(self) -> None:
-        """The process is gone."""
+        """The process is gone, however often this is asked."""
         self._process.kill()
         self._process.wait()
         self._reader.join()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(OSError):  # what was never read
+                    pipe.close()
 
     def _said(self, line: str, seconds: float) -> str:
         assert self._process.stdin is not None
