@@ -122,6 +122,7 @@ def test_the_defaults_are_those_of_the_contract():
         "ignore_eos": False,
         "logprobs": None,
         "n": 1,
+        "structured_output": None,
     }
     assert {name: getattr(params, name) for name in contract} == contract
     assert params.logit_bias == {}

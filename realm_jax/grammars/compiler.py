@@ -1,10 +1,12 @@
 """Compiled grammars of one vocabulary, the last used ones kept."""
 
+import contextlib
 import json
 import queue
 import subprocess
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -97,12 +99,15 @@ class Grammars:
 
     def _try(self, kind: str, text: str) -> dict[str, str]:
         """What the other process says of it."""
-        if self._trial is None:
-            self._trial = _Trial(self._spelled())
         try:
+            if self._trial is None:
+                self._trial = _Trial()
+                weakref.finalize(self, self._trial.end)
+                self._trial.learn(self._spelled())
             return self._trial.ask({"kind": kind, "text": text})
         except _Ended as error:
-            self._trial.end()
+            if self._trial is not None:
+                self._trial.end()
             self._trial = None
             return {"error": str(error)}
 
@@ -147,7 +152,7 @@ class _Ended(Exception):
 class _Trial:
     """The process that runs `trial.py`, and the thread that reads what it says."""
 
-    def __init__(self, vocabulary: str) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(Path(trial.__file__))],
             stdin=subprocess.PIPE,
@@ -159,6 +164,9 @@ class _Trial:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def learn(self, vocabulary: str) -> None:
+        """It knows the vocabulary. Raises _Ended if it does not start in time."""
         self._said(vocabulary, START_SECONDS)
 
     def ask(self, question: dict[str, str]) -> dict[str, str]:
@@ -166,13 +174,14 @@ class _Trial:
         return json.loads(self._said(json.dumps(question), SECONDS))
 
     def end(self) -> None:
-        """The process is gone."""
+        """The process is gone, however often this is asked."""
         self._process.kill()
         self._process.wait()
         self._reader.join()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(OSError):  # what was never read
+                    pipe.close()
 
     def _said(self, line: str, seconds: float) -> str:
         assert self._process.stdin is not None

@@ -5,13 +5,15 @@ import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from realm_jax.config import TILE
 from realm_jax.errors import RequestError
-from realm_jax.grammars import Matcher
 from realm_jax.params import SamplingParams
 from realm_jax.serving.drafting import DraftRecord
+
+if TYPE_CHECKING:
+    from realm_jax.grammars import Matcher
 
 
 class FinishReason(StrEnum):
@@ -255,7 +257,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     first_token_at: float | None = None
     drafts: DraftRecord | None = None  # of its guesses, where something guesses
-    matcher: Matcher | None = None  # of the form that its answer must have
+    matcher: "Matcher | None" = None  # of the form that its answer must have
 
     @property
     def awaits_mask(self) -> bool:
