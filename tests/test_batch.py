@@ -21,7 +21,9 @@ KILLS = int(os.environ.get("REALM_KILLS", "3"))  # more of them take a minute or
 
 @pytest.fixture(scope="module")
 def llm(tiny_model: Path) -> LLM:
-    return LLM(tiny_model, max_num_seqs=8, ctx_size=512)
+    return LLM(
+        tiny_model, max_num_seqs=8, ctx_size=1024, max_num_batched_tokens=256
+    )  # as in test_batching.py
 
 
 def write_lines(path: Path, lines: list[Any]) -> Path:
@@ -57,7 +59,7 @@ BAD = [
     '{"id": "no-prompt"}',
     {"id": "hot", "prompt": "a", "temperature": -1},
     {"id": "odd", "prompt": "a", "surprise": 1},
-    {"id": "long", "prompt": "a " * 600},
+    {"id": "long", "prompt": "a " * 1200},
     {"id": "kind", "prompt": {"a": 1}},
     {"id": "empty", "prompt": []},
     {"custom_id": "where", "method": "POST", "url": "/v1/images", "body": {}},
@@ -103,7 +105,7 @@ def test_bad_lines_become_error_lines_and_harm_nobody(llm: LLM, tmp_path: Path) 
         if row["custom_id"] not in alone:
             assert row["response"] is None and "\n" not in row["error"]["message"]
     assert "temperature is -1" in rows["hot"]["error"]["message"]
-    assert "the context is 512" in rows["long"]["error"]["message"]
+    assert "the context is 1,024" in rows["long"]["error"]["message"]
     assert "surprise" in rows["odd"]["error"]["message"]
 
 
@@ -164,7 +166,7 @@ def test_kill_9_at_random_moments(llm: LLM, tiny_model: Path, tmp_path: Path) ->
     BatchJob(llm, source, tmp_path / "whole.jsonl").run()
     whole, target = read_rows(tmp_path / "whole.jsonl"), tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "realm_jax", "batch", str(source), "-o", str(target), "--resume"]
-    command += ["-m", str(tiny_model), "--ctx-size", "512", "--max-num-seqs", "8"]
+    command += ["-m", str(tiny_model), "--ctx-size", "1024", "--max-num-seqs", "8"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     for kill in range(KILLS):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)

@@ -48,7 +48,8 @@ def requests_with_headers(count: int) -> tuple[list[list[int]], list[SamplingPar
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("auto", "int8")])
 def test_64_requests_in_any_order_give_the_same_bytes(tiny_model: Path, dtype: str, kv_dtype: str) -> None:
     """Alone without prefix reuse; then shuffled, with it, on few slots and on many."""
-    options: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype}
+    tokens = 512 if dtype == "float32" else 256  # eight tiles a call, or four
+    options: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "max_num_batched_tokens": tokens}
     prompts, params = requests_with_headers(64)
     lonely = LLM(tiny_model, max_num_seqs=8, prefix_caching=False, **options)  # the shapes of few slots
     alone = [bits(lonely.generate([p], q)[0]) for p, q in zip(prompts, params, strict=True)]
@@ -101,8 +102,7 @@ def test_prefixes_are_shared_within_a_tenant_only(tiny_model: Path) -> None:
 
 def test_prompts_that_come_one_at_a_time_each_find_their_prefix_again(tiny_model: Path) -> None:
     """They may all take the first slot; what stands there is copied aside and, when it is wanted, back."""
-    options: dict[str, Any] = {"max_num_seqs": 4, "ctx_size": 512}
-    llm, plain = LLM(tiny_model, **options), LLM(tiny_model, prefix_caching=False, **options)
+    llm, plain = (LLM(tiny_model, max_num_seqs=4, prefix_caching=each) for each in (True, False))
     prompts = [random_prompt(rng, length) for length in (70, 130, 200)]
     for more in ([], [5, 6, 7]):
         outputs = [llm.generate([[*prompt, *more]], GREEDY)[0] for prompt in prompts]
@@ -195,12 +195,12 @@ def test_prompt_logprobs_are_those_of_the_logits(tiny_model: Path) -> None:
 
 
 def test_no_tokens_may_be_asked_for(tiny_model: Path) -> None:
-    llm = LLM(tiny_model, ctx_size=100)
-    prompt = random_prompt(rng, 100)
+    llm = LLM(tiny_model, ctx_size=1000)
+    prompt = random_prompt(rng, 1000)
     output = llm.generate([prompt], SamplingParams(max_tokens=0, prompt_logprobs=0))[0]
     assert output.token_ids == [] and output.text == "" and output.finish_reason is FinishReason.LENGTH
-    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 100
-    with pytest.raises(RequestError, match="prompt is 101 tokens"):
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 1000
+    with pytest.raises(RequestError, match="prompt is 1,001 tokens"):
         llm.generate([[*prompt, 5]], SamplingParams(max_tokens=0))
 
 
@@ -235,7 +235,7 @@ def test_a_soak_of_mixed_requests_leaks_nothing(tiny_model: Path) -> None:
     """2,000 requests, random aborts: each ends once, nothing compiles, no slot and no memory is kept."""
     import psutil
 
-    llm = LLM(tiny_model, max_num_seqs=24, ctx_size=1500)
+    llm = LLM(tiny_model, max_num_seqs=32, ctx_size=1024, max_num_batched_tokens=256)
     llm.engine.warmup()
     prompts, params = requests_with_headers(200)
     waiting = [

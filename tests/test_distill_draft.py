@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def target(model: Path) -> LLM:
-    return LLM(model, dtype="float32", ctx_size=96)
+    return LLM(model, dtype="float32", ctx_size=96, max_num_seqs=4)
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ def test_applied_is_folded_on_any_type(tmp_path: Path, kind: gguf_py.GGMLQuantiz
 @pytest.mark.parametrize("numerics", NUMERICS)
 def test_a_row_is_the_same_beside_any_adapters(small_model: Path, numerics: dict[str, Any]):
     """16 requests over 5 adapters, mixtures of them, and none: together, shuffled, and alone."""
-    llm = LLM(small_model, ctx_size=256, max_num_seqs=8, max_num_batched_tokens=256, **numerics)
+    llm = LLM(small_model, ctx_size=256, max_num_seqs=4, max_num_batched_tokens=256, **numerics)
     for i, rank in enumerate((3, 8, 16, 5, 12)):
         llm.engine.load_adapter(str(i), random_adapter(llm, i, rank))
     ids, brief = prompts(16), replace(GREEDY, max_tokens=20)
@@ -233,7 +233,7 @@ def test_what_cannot_be_named_is_refused(tiny_model: Path):
 
 
 def test_the_command_line_folds_and_registers(small_model: Path, tmp_path: Path):
-    llm = LLM(small_model, ctx_size=128, dtype="float32")
+    llm = LLM(small_model, ctx_size=128, dtype="float32", max_num_seqs=4)
     adapter = tmp_path / "a.gguf"
     write_gguf(random_adapter(llm, 3, rank=4), llm.model.base, adapter)
     llm.load_adapter("a", adapter)
@@ -248,7 +248,7 @@ def test_the_command_line_folds_and_registers(small_model: Path, tmp_path: Path)
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(ask | line) + "\n" for line in lines))
     run = ("-m", small_model, "-c", "128", "--dtype", "float32")
-    done = realm("batch", source, "-o", target, *run, "--lora", f"a={adapter}")
+    done = realm("batch", source, "-o", target, *run, "--max-num-seqs", 4, "--lora", f"a={adapter}")
     assert done.code == 0, done.err
     rows = {row["custom_id"]: row for row in map(json.loads, target.read_text().splitlines())}
     for key, named in (("0", None), ("1", "a"), ("2", [("a", -1.5)]), ("3", "a")):
@@ -258,7 +258,7 @@ def test_the_command_line_folds_and_registers(small_model: Path, tmp_path: Path)
     assert "lora is 7; it must be an adapter's name" in rows["5"]["error"]["message"]
 
     ask = ("generate", "hello", *run, "--raw", "-n", "8", "--temperature", "0")
-    folded = LLM(small_model, ctx_size=128, dtype="float32", fold=[(adapter, -1.5)])
+    folded = LLM(small_model, ctx_size=128, dtype="float32", fold=[(adapter, -1.5)], max_num_seqs=4)
     wanted = folded.generate(["hello"], SamplingParams(max_tokens=8, temperature=0))[0].text
     assert realm(*ask, "--lora", f"{adapter}:-1.5").out == wanted + "\n"
     assert realm(*ask, "--lora", f"a={adapter}").error == (

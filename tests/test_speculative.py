@@ -81,7 +81,7 @@ def repetitive(seed: int, count: int) -> tuple[list[list[int]], list[SamplingPar
     [
         ("same", {"dtype": "float32", "deterministic": True}),
         ("bad", {"dtype": "float32", "deterministic": True}),
-        ("ngram", {"dtype": "float32", "ctx_size": 1024}),
+        ("ngram", {"dtype": "float32", "ctx_size": 1024, "max_num_batched_tokens": 256}),
         ("ngram", {"dtype": "bfloat16", "kernels": "xla", "spec_tokens": 3, "deterministic": True}),
         ("bad", {"kv_dtype": "int8", "spec_tokens": 15, "deterministic": True}),
     ],
@@ -164,10 +164,10 @@ def test_a_draft_that_fell_behind_reads_what_it_missed(tiny_model: Path) -> None
         ) -> tuple[int, list[int]]:
             nonlocal steps
             steps += 1
-            return (8, [3]) if steps > 150 and rooms[0] >= 3 else (8, [0])
+            return shape.rows[-1], [3 if steps > 150 and rooms[0] >= 3 else 0]
 
     steps = 0
-    llm = LLM(tiny_model, draft_model=tiny_model, max_num_seqs=1, dtype="float32", deterministic=True)
+    llm = LLM(tiny_model, draft_model=tiny_model, max_num_seqs=12, dtype="float32", deterministic=True)
     llm.engine.scheduler.drafting = Late(3, is_free=False)
     output = llm.generate([random_prompt(random.Random(1), 30)], replace(GREEDY, max_tokens=200))[0]
     assert drafts_of(output).drafted >= 30
@@ -188,19 +188,29 @@ def pair_frequencies(llm: LLM, prompt: list[int], params: SamplingParams) -> Cou
     return Counter(tuple(o.token_ids[1:3]) for o in outputs)
 
 
+SAMPLED = SamplingParams(temperature=1.0, top_k=3, max_tokens=3, n=1024, seed=8, ignore_eos=True)
+TWELVE: dict[str, Any] = {"dtype": "float32", "deterministic": True, "max_num_seqs": 12}
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny_model: Path) -> tuple[dict[tuple[int, ...], float], Counter[tuple[int, ...]]]:
+    """What plain decoding's samples should be, by the model's probabilities, and what they are."""
+    plain, prompt = LLM(tiny_model, **TWELVE), random_prompt(random.Random(3), 12)
+    return _pairs(plain, prompt), pair_frequencies(plain, prompt, SAMPLED)
+
+
 @pytest.mark.parametrize("who", ["same", "bad", "ngram", "credulous"])
-def test_samples_follow_the_target(tiny_model: Path, drafts: dict[str, Path | None], who: str) -> None:
+def test_samples_follow_the_target(
+    tiny_model: Path, drafts: dict[str, Path | None], sampled: tuple[dict, Counter], who: str
+) -> None:
     """A chi-square test of 1,024 samples by the model's own probabilities; believing guesses fails it."""
-    prompt = random_prompt(random.Random(3), 12)
-    params = SamplingParams(temperature=1.0, top_k=3, max_tokens=3, n=1024, seed=8, ignore_eos=True)
-    options: dict[str, Any] = {"dtype": "float32", "deterministic": True, "max_num_seqs": 12}
-    llm = speculating(tiny_model, drafts["bad" if who == "credulous" else who], **options)
+    expected, plain = sampled
+    llm = speculating(tiny_model, drafts["bad" if who == "credulous" else who], **TWELVE)
     if who == "credulous":
         right = llm.engine._runner._strategy
         assert isinstance(right, Speculative)
         llm.engine._runner._strategy = Credulous(right.target, right.drafter)
-    expected = _pairs(llm, prompt)
-    found = pair_frequencies(llm, prompt, params)
+    found = pair_frequencies(llm, random_prompt(random.Random(3), 12), SAMPLED)
     statistic = sum((found[pair] - 1024 * p) ** 2 / (1024 * p) for pair, p in expected.items())
     outside = sum(count for pair, count in found.items() if pair not in expected)
     limit = len(expected) - 1 + 5 * (2 * len(expected)) ** 0.5  # five deviations
@@ -208,8 +218,7 @@ def test_samples_follow_the_target(tiny_model: Path, drafts: dict[str, Path | No
         assert outside or statistic > limit
     else:
         assert not outside and statistic < limit
-        plain = LLM(tiny_model, **options)
-        assert found == pair_frequencies(plain, prompt, params)
+        assert found == plain
 
 
 def _pairs(llm: LLM, prompt: list[int]) -> dict[tuple[int, ...], float]:
@@ -232,7 +241,7 @@ def _pairs(llm: LLM, prompt: list[int]) -> dict[tuple[int, ...], float]:
 
 def test_nothing_compiles_after_warmup(tiny_model: Path, drafts: dict[str, Path | None]) -> None:
     """Whatever is guessed and accepted."""
-    llm = speculating(tiny_model, drafts["bad"], max_num_seqs=6, ctx_size=512)
+    llm = speculating(tiny_model, drafts["bad"], max_num_seqs=6, ctx_size=512, max_num_batched_tokens=256)
     assert llm.engine.warmup() == len(llm.engine.buckets.programs()) <= 24
     prompts, params = repetitive(4, 16)
     with count_compilations() as compiled:
