@@ -14,7 +14,7 @@ from realm_jax.kernels.pallas.tuning import Target, sizes, target
 from realm_jax.kernels.words import WordFormat
 
 FEW_ROWS = 64
-"""Up to so many rows a product is bound by memory, and one tile holds them all."""
+"""Up to so many rows a product is bound by memory."""
 
 LEAST_ROWS = 16
 """The fewest rows of a tile, on GPUs for their matrix units, on TPUs for bf16's sublanes."""
