@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_kernels_matmul import format_of, random_words
+from bench_matmul import format_of, random_words
 
 from realm_jax import runtime
 from realm_jax.architectures import Parameter, parameters

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import bench_attention
+import bench_matmul
 from bench_device import Device, device
 
 from realm_jax.kernels.pallas import tuning
 
-PARTS: dict[str, Any] = {"attention": bench_attention}
+PARTS: dict[str, Any] = {"attention": bench_attention, "matmul": bench_matmul}
 """Each has `measure(device, rounds)`, rows of JSON, and `tune(device, rounds)`, the fastest block sizes:
 kernel of the tuning table -> bucket -> sizes."""
 

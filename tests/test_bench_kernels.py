@@ -5,6 +5,7 @@ from pathlib import Path
 
 import bench_attention
 import bench_kernels
+import bench_matmul
 import pytest
 from bench_attention import Shape
 from bench_device import Device
@@ -18,7 +19,7 @@ def test_interpreted_measures_say_so_and_the_table_written_is_used(
     table = tmp_path / "table.json"
     shape = bench_attention.INTERPRETED["decode"]
     monkeypatch.setattr(bench_attention, "INTERPRETED", {"decode": shape})
-    bench_kernels.main(["--rounds", "1", "--write", "--table", str(table)])
+    bench_kernels.main(["--only", "attention", "--rounds", "1", "--write", "--table", str(table)])
     said = json.loads(capsys.readouterr().out)
     assert said["interpreted"] is True
     [row] = said["rows"]
@@ -49,3 +50,18 @@ def test_the_bound_is_what_must_be_read_or_multiplied():
     assert prefill.bound(h200) == pytest.approx(4 * 32 * 128 * (2048 * 2049 // 2) / 800e12)
     assert Shape(1, 3, 1000, 4096, window=10).seen == 30
     assert Shape(1, 3, 1000, 4096, window=10).positions_read == 12
+
+
+def test_every_product_has_a_row_and_its_sizes_are_tried():
+    where = Device(tuning.Target("gpu", "cpu", interpret=True), 1e9, 1e12)
+    rows = bench_matmul.measure(where, 1)
+    assert [(row["type"], list(row["microseconds"])) for row in rows] == [
+        ("BF16", ["xla"]),
+        ("Q4_0", ["pallas", "xla"]),
+    ]
+    assert rows[0]["bound_microseconds"] == pytest.approx((2 * 48 * 64 + 4 * 4 * (48 + 64)) / 1e3, rel=1e-3)
+    usual = tuning.sizes("matmul_gpu", "cpu", "few/bfloat16")
+    times = bench_matmul._times(
+        "Q4_0", bench_matmul.INTERPRETED, 4, [dict(usual), dict(usual) | {"outputs": 48}], where, 1
+    )
+    assert times[0] < 60

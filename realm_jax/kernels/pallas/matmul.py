@@ -60,5 +60,9 @@ def blocks_for(rows: int, dtype: jnp.dtype, where: Target) -> Any:
     """What a program takes at a time."""
     bucket = f"{'few' if rows <= FEW_ROWS else 'many'}/{jnp.dtype(dtype).name}"
     kind = matmul_tpu.Blocks if where.platform == "tpu" else matmul_gpu.Blocks
-    blocks = kind(**sizes(f"matmul_{where.platform}", where.kind, bucket))
+    return fitted(kind(**sizes(f"matmul_{where.platform}", where.kind, bucket)), rows)
+
+
+def fitted(blocks: Any, rows: int) -> Any:
+    """The blocks with no more rows than there are."""
     return replace(blocks, rows=min(blocks.rows, max(LEAST_ROWS, 1 << (rows - 1).bit_length())))
