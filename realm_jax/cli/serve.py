@@ -44,14 +44,7 @@ def serve(
         Path | None,
         typer.Option("--tenants", help="A TOML file of tenants and their limits.", metavar="FILE"),
     ] = None,
-    keys_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--keys",
-            help="The file of API keys (realm serve keys).  [default: the tenants' file's, or the user's]",
-            metavar="FILE",
-        ),
-    ] = None,
+    keys_file: serve_keys.Keys = None,
     lora_dir: Annotated[
         Path | None,
         typer.Option(
