@@ -39,6 +39,15 @@ class Served:
         self._reader.join(PATIENCE)
         return code
 
+    def close(self) -> None:
+        """Nothing of the process is left."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(PATIENCE)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
     def address(self) -> str:
         """Where it serves, once it does: it may have to compile everything first."""
         deadline = time.monotonic() + 4 * PATIENCE

@@ -222,7 +222,7 @@ def soak(streams: int, seconds: float, *arguments: object) -> dict[str, Any]:
         served.process.terminate()
         code = served.end()
     finally:
-        served.process.kill()
+        served.close()
     return report | {"memory_mb": [round(each / 1e6) for each in (before, after)], "exit_code": code}
 
 

@@ -16,6 +16,7 @@ from tiny import write_model
 from realm_jax import LLM, RequestError, gguf, projections, runtime, weights
 from realm_jax.architectures import read_config
 from realm_jax.config import MIN_ROWS, EngineConfig, Numerics
+from realm_jax.experts import EachExpert
 from realm_jax.ggml import GGMLType
 from realm_jax.kernels import native
 from realm_jax.kernels.int8 import int8_matmul
@@ -225,6 +226,10 @@ def matrices(params: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any
         node = found.kernel if isinstance(found, Biased) else found
         if isinstance(node, dict):
             yield from matrices(node, here)
+        elif isinstance(node, EachExpert):
+            for kind in ("gate_up", "down"):
+                for part in getattr(node, kind):
+                    yield "/".join((*here, kind, "kernel")), part
         elif name not in ("scale", "global", "local"):
             for part in node.parts if isinstance(node, Stacked) else (node,):
                 yield "/".join(here), part

@@ -28,8 +28,7 @@ QUESTION = {"role": "user", "content": "What is the capital of France?"}
 def served(default_model: Path) -> Iterator[Served]:
     served = Served("-m", default_model, "--ctx-size", 256, "--max-num-seqs", 2)
     yield served
-    served.process.kill()
-    served.process.communicate()
+    served.close()
 
 
 @pytest.mark.slow

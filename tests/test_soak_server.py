@@ -6,7 +6,7 @@ from soak_server import soak
 
 @pytest.mark.slow
 def test_64_clients_good_and_bad_leak_nothing():
-    report = soak(64, 20.0, "--no-warmup")
+    report = soak(64, 20.0)
     assert report["wrong"] == []
     assert report["left_running"] == 0
     assert report["exit_code"] == 0

@@ -13,8 +13,10 @@ from realm_jax.serving.server.schemas import (
     CompletionBody,
     DetokenizeBody,
     EmbeddingBody,
+    LoadAdapterBody,
     TemplateBody,
     TokenizeBody,
+    UnloadAdapterBody,
 )
 
 POSTS: dict[str, tuple[type[Body], str]] = {
@@ -23,6 +25,8 @@ POSTS: dict[str, tuple[type[Body], str]] = {
     "/v1/embeddings": (EmbeddingBody, "Means of the hidden states of texts, of length 1."),
     "/tokenize": (TokenizeBody, "The tokens of a text or a conversation."),
     "/detokenize": (DetokenizeBody, "The text of tokens."),
+    "/v1/load_lora_adapter": (LoadAdapterBody, "An adapter becomes a model; for admins."),
+    "/v1/unload_lora_adapter": (UnloadAdapterBody, "An adapter is one no more; for admins."),
     "/apply-template": (TemplateBody, "The text that the chat template makes of a conversation."),
 }
 GETS = {
