@@ -185,6 +185,10 @@ def test_a_websocket_says_who_it_is_first(setting: SimpleNamespace):
         assert call(socket, "generate", BODY, tenant_id="bob")["data"]["code"] == "forbidden"
         assert call(socket, "generate", BODY | {"model": "clerk"})["data"]["code"] == "model_not_found"
         assert call(socket, "generate", BODY | {"model": "poet"}, tenant_id="ann")["status"] == "complete"
+        made = setting.store.create("ann")
+        assert call(socket, "authenticate", {"key": made.text})["status"] == "complete"
+        setting.store.revoke(made.key.id)
+        assert call(socket, "metadata")["data"]["code"] == "invalid_api_key"
     headers = {"Authorization": f"Bearer {setting.keys['bob']}"}
     with connect(address, open_timeout=PATIENCE, additional_headers=headers) as socket:
         assert call(socket, "generate", BODY, tenant_id="bob")["status"] == "complete"

@@ -33,18 +33,9 @@ def batch(
         str, typer.Option("--shard", help="Do part I of N: 2/4 is the second quarter.", metavar="I/N")
     ] = "1/1",
     seed: Annotated[int, typer.Option("-s", "--seed", help="Of lines that name none.", metavar="N")] = 0,
-    max_num_seqs: Annotated[
-        int, typer.Option("--max-num-seqs", help="Sequences that run at once.", metavar="N")
-    ] = 32,
-    max_loras: Annotated[
-        int, typer.Option("--max-loras", help="Adapters on the device at once.", metavar="N")
-    ] = 8,
-    max_lora_rank: Annotated[
-        int | None,
-        typer.Option(
-            "--max-lora-rank", help="Make room for this rank.  [default: the adapters']", metavar="N"
-        ),
-    ] = None,
+    max_num_seqs: options.MaxNumSeqs = 32,
+    max_loras: options.MaxLoras = 8,
+    max_lora_rank: options.MaxLoraRank = None,
     engine: options.EngineFlags,
     processes: ProcessFlags,
 ) -> None:

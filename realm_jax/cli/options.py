@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import typer
+
 from realm_jax.cli.adapters import scaled
 from realm_jax.cli.flags import flag
 from realm_jax.errors import RequestError
@@ -48,6 +50,12 @@ Weights = Annotated[
 Kernels = Annotated[
     Literal["auto", "reference", "xla", "pallas", "native"],
     flag("--kernels", "Who multiplies: C++ (CPU), Pallas (GPU, TPU), XLA alone, or plain formulas."),
+]
+MaxNumSeqs = Annotated[int, typer.Option("--max-num-seqs", help="Sequences that run at once.", metavar="N")]
+MaxLoras = Annotated[int, typer.Option("--max-loras", help="Adapters on the device at once.", metavar="N")]
+MaxLoraRank = Annotated[
+    int | None,
+    typer.Option("--max-lora-rank", help="Make room for this rank.  [default: the adapters']", metavar="N"),
 ]
 KVDType = Annotated[
     Literal["auto", "bfloat16", "float32", "int8"], flag("--kv-dtype", "Storage of the KV cache.")

@@ -64,21 +64,12 @@ def serve(
         bool,
         typer.Option("--warmup", help="Compile everything first, so that no request waits for that."),
     ] = False,
-    max_num_seqs: Annotated[
-        int, typer.Option("--max-num-seqs", help="Sequences that run at once.", metavar="N")
-    ] = 16,
+    max_num_seqs: options.MaxNumSeqs = 16,
     max_queue: Annotated[
         int, typer.Option("--max-queue", help="Sequences that may wait; more are refused.", metavar="N")
     ] = 256,
-    max_loras: Annotated[
-        int, typer.Option("--max-loras", help="Adapters on the device at once.", metavar="N")
-    ] = 8,
-    max_lora_rank: Annotated[
-        int | None,
-        typer.Option(
-            "--max-lora-rank", help="Make room for this rank.  [default: the adapters']", metavar="N"
-        ),
-    ] = None,
+    max_loras: options.MaxLoras = 8,
+    max_lora_rank: options.MaxLoraRank = None,
     engine: options.EngineFlags,
 ) -> None:
     """Serve the model over HTTP: /v1/chat/completions, /v1/completions, /v1/models and others.

@@ -152,7 +152,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             llm = self._load()
-        except Exception as error:
+        except Exception as error:  # raised again by who started the thread
             self.failure = error
             self._on_failure()
             return
@@ -194,7 +194,7 @@ class EngineThread:
             for request in requests:
                 llm.engine.add_request(request)
                 added.append(request)
-        except Exception as error:
+        except Exception as error:  # theirs alone: the engine goes on
             for request in added:
                 llm.engine.abort(request.id)
             if not isinstance(error, RealmError):
@@ -257,7 +257,7 @@ class EngineThread:
     def _answer(self, llm: LLM, call: _Call) -> None:
         try:
             value, error = call.function(llm), None
-        except Exception as raised:
+        except Exception as raised:  # the caller's, who has it from the future
             value, error = None, raised
         with suppress(RuntimeError):
             call.loop.call_soon_threadsafe(_resolve, call.result, value, error)

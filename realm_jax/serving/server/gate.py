@@ -52,7 +52,7 @@ class Gate:
             await self._app(scope, receive, visit.send)
         except ClientLeft:
             visit.status = LEFT
-        except Exception as error:
+        except Exception as error:  # no fault of one request may end the server
             await self._fail(visit, scope, receive, error)
         finally:
             self.service.active -= counts
@@ -68,9 +68,9 @@ class Gate:
             if self.service.is_draining:
                 raise Unavailable("the server is shutting down; try another one")
             if key_of(HTTPConnection(scope)) is not None:  # otherwise it is told by the first message
-                scope["realm.tenant"] = await self._tenant(scope)
+                await self._tenant(scope)
             await self._app(scope, receive, send)
-        except Exception as error:
+        except Exception as error:  # no fault of one connection may end the server
             answer = visit.no_route(error) if isinstance(error, HTTPException) else api_error(error)
             if answer.code == "internal":
                 failed("a connection failed", error, request_id=visit.id)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from realm_jax.errors import AccessError, AuthenticationError, RequestError
+from realm_jax.errors import AccessError, RequestError
 from realm_jax.serving.bodies import CHAT, COMPLETIONS
 from realm_jax.serving.request import GenerationOutput
 from realm_jax.serving.server.errors import ApiError, api_error
@@ -34,6 +34,7 @@ from realm_jax.serving.server.pages import facts
 from realm_jax.serving.server.reading import parsed
 from realm_jax.serving.server.schemas import FIELDS
 from realm_jax.serving.server.service import service_of
+from realm_jax.serving.server.tenancy import key_of
 from realm_jax.serving.tenants import Tenant
 
 URLS = {"generate": COMPLETIONS, "chat": CHAT}
@@ -66,7 +67,7 @@ class Connection:
 
     def __init__(self, socket: WebSocket) -> None:
         self._socket, self._service = socket, service_of(socket)
-        self._known: Tenant | None = socket.scope.get("realm.tenant")
+        self._key = key_of(socket)  # verified with each call: it may be revoked while the connection stays
         self._calls: dict[Id, asyncio.Task[None]] = {}
         self._cancelled: set[Id] = set()  # by the client
         self._sending = asyncio.Lock()
@@ -105,16 +106,15 @@ class Connection:
             if call.function == "authenticate":
                 await self._authenticate(call)
                 return
-            if self._known is None:
-                self._known = await self._service.off_loop(self._service.tenancy.tenant_of, None)
-            self._check(call)
-        except Exception as error:
+            tenant = await self._tenant_of(self._key)
+            self._check(call, tenant)
+        except Exception as error:  # whatever it is, the client has it and the connection goes on
             await self._fail(call_id, error, "")
             return
         if call.function == "cancel":
             await self._cancel(call)
             return
-        task = asyncio.ensure_future(self._answer(call))
+        task = asyncio.ensure_future(self._answer(call, tenant))
         self._calls[call.id] = task
         task.add_done_callback(lambda _: self._forget(call.id))
 
@@ -122,30 +122,26 @@ class Connection:
         self._calls.pop(call_id, None)
         self._cancelled.discard(call_id)
 
-    def _check(self, call: Call) -> None:
+    async def _tenant_of(self, key: str | None) -> Tenant:
+        return await self._service.off_loop(self._service.tenancy.tenant_of, key)
+
+    def _check(self, call: Call, tenant: Tenant) -> None:
         limits: Limits = self._service.limits
         if call.id in self._calls:
             raise RequestError(f"id {call.id!r} is that of a call that runs; choose another")
         if len(self._calls) >= limits.calls:
             raise ApiError(429, f"{limits.calls} calls run on this connection, the limit", code="overloaded")
-        if call.tenant is not None and call.tenant != self._tenant.name:
+        if call.tenant is not None and call.tenant != tenant.name:
             raise AccessError("tenant_id is not that of this connection's key")
-
-    @property
-    def _tenant(self) -> Tenant:
-        if self._known is None:
-            raise AuthenticationError(
-                "who asks is not known; the first message must be authenticate, with a key"
-            )
-        return self._known
 
     async def _authenticate(self, call: Call) -> None:
         """The connection is that of the key's tenant."""
         key = call.params.get("key")
         if not isinstance(key, str):
             raise RequestError("params must have key, a text")
-        self._known = await self._service.off_loop(self._service.tenancy.tenant_of, key)
-        await self._send(call.id, "complete", {"tenant_id": self._known.name})
+        tenant = await self._tenant_of(key)
+        self._key = key
+        await self._send(call.id, "complete", {"tenant_id": tenant.name})
 
     async def _cancel(self, call: Call) -> None:
         target: Any = call.params.get("id")
@@ -155,12 +151,12 @@ class Connection:
             task.cancel()
         await self._send(call.id, "complete", {"found": task is not None})
 
-    async def _answer(self, call: Call) -> None:
+    async def _answer(self, call: Call, tenant: Tenant) -> None:
         start, status = time.perf_counter(), "left"
         counts = call.function in URLS
         self._service.active += counts
         try:
-            status = await self._run(call)
+            status = await self._run(call, tenant)
         except WebSocketDisconnect:
             pass
         except asyncio.CancelledError:
@@ -168,7 +164,7 @@ class Connection:
                 raise
             status = "cancelled"
             await self._send(call.id, "cancelled", {})
-        except Exception as error:
+        except Exception as error:  # of one call: the others go on
             status = "error"
             await self._fail(call.id, error, call.function)
         finally:
@@ -176,7 +172,7 @@ class Connection:
             seconds = round(time.perf_counter() - start, 4)
             event("call", function=call.function, status=status, seconds=seconds)
 
-    async def _run(self, call: Call) -> str:
+    async def _run(self, call: Call, tenant: Tenant) -> str:
         """The call's items are sent; returns the last one's status."""
         match call.function:
             case "health":
@@ -184,20 +180,20 @@ class Connection:
             case "metadata":
                 data = facts(self._service)
             case _:
-                data = await self._generate(call)
+                data = await self._generate(call, tenant)
         await self._send(call.id, "complete", data)
         return "complete"
 
-    async def _generate(self, call: Call) -> dict[str, Any]:
+    async def _generate(self, call: Call, tenant: Tenant) -> dict[str, Any]:
         """The whole answer, after its pieces were sent."""
         service, llm = self._service, self._service.require_llm()
         body = {name: value for name, value in call.params.items() if name != "stream"}
         streams = call.params.get("stream", True)
         if not isinstance(streams, bool):
             raise RequestError(f"stream is {streams!r}; it must be true or false")
-        about = (llm, service.names, service.limits, self._tenant)
+        about = (llm, service.names, service.limits, tenant)
         job = await service.off_loop(job_of, URLS[call.function], body, *about)
-        ticket = await service.submit(job.requests, self._tenant)
+        ticket = await service.submit(job.requests, tenant)
         pieces, outputs = Pieces(job, llm), list[GenerationOutput]()
         try:
             while not ticket.is_done:
