@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from realm_jax.cache import Cache, empty_cache
+from realm_jax.cache import Cache, empty_caches
 from realm_jax.config import ModelConfig, Numerics
-from realm_jax.layers import Block, RMSNorm, Where
+from realm_jax.layers import Block, Norm, Where
 
 Caches = tuple[Cache, ...]  # one a layer: a single stacked array would be copied whole at each step
 
@@ -38,6 +38,10 @@ class Transformer(nn.Module):
         """
         c = self.config
         x = self.get_variable("params", "embedding").rows(tokens) * c.embedding_scale
+        if c.learned_positions:
+            x = x + self.get_variable("params", "positions").rows(
+                jnp.minimum(positions, c.context_length - 1)
+            )
         ropes = self.get_variable("params", "rope")
         where = Where(slots, positions, {name: rope.at(positions) for name, rope in ropes.items()})
         written = []
@@ -45,21 +49,18 @@ class Transformer(nn.Module):
             block = self.block(c, kind, parent=None)
             x, new = _apply_block(block, self.get_variable("params", f"layer_{i}"), x, cache, where)
             written.append(new)
-        norm = RMSNorm(c.norm_eps, parent=None)
+        norm = Norm(c.norm_eps, parent=None)
         return norm.apply({"params": self.get_variable("params", "norm")}, x), tuple(written)  # pyright: ignore[reportReturnType]
 
     def logits(self, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
         """Scores of the next token, float32."""
-        scores = hidden @ self.get_variable("params", "head")
+        scores = hidden @ self.get_variable("params", "head") * self.config.logit_scale
         cap = self.config.logit_softcap
         return scores if cap is None else cap * jnp.tanh(scores / cap)
 
     def empty_caches(self, slots: int, capacity: int, numerics: Numerics) -> Caches:
         """Caches of `slots` empty slots, one a layer."""
-        c = self.config
-        return tuple(
-            empty_cache((slots, c.num_kv_heads, capacity, c.head_dim), numerics) for _ in range(c.num_layers)
-        )
+        return empty_caches(self.config, slots, capacity, numerics)
 
 
 def hidden_states(
