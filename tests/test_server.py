@@ -26,6 +26,8 @@ from realm_jax.serving.server.jobs import KINDS, TRANSPORT
 from realm_jax.serving.server.limits import Limits
 from realm_jax.serving.server.process import RealmServer
 
+pytestmark = pytest.mark.unoptimized
+
 rng = random.Random(0)
 LONG = {"max_tokens": 1900, "ignore_eos": True, "temperature": 1}
 LIMITS = Limits(body_bytes=1 << 20, prompts=8, n=4, ping_seconds=0.05)

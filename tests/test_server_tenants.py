@@ -20,6 +20,8 @@ from realm_jax.serving.keys import KeyStore
 from realm_jax.serving.server.tenancy import Tenancy
 from realm_jax.serving.tenants import EVERY, Tenant
 
+pytestmark = pytest.mark.unoptimized
+
 BODY = {"prompt": "a b c", "temperature": 0, "max_tokens": 4, "ignore_eos": True}
 TENANTS = (
     Tenant("ann", adapters=("poet",), system_prompt="You are brief."),

@@ -3,6 +3,8 @@
 import pytest
 from soak_server import soak
 
+pytestmark = pytest.mark.unoptimized
+
 
 @pytest.mark.slow
 def test_64_clients_good_and_bad_leak_nothing():
