@@ -1,11 +1,14 @@
 """Strict numerics and runtime shape checks for every test, and the models that tests share."""
 
+import functools
 import gc
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.monitoring
@@ -48,6 +51,45 @@ for name, value in SETTINGS.items():
     )  # of the processes that tests start: they share programs with this one
 
 FIXTURES = Path(os.environ.get("REALM_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
+
+
+UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Options of XLA under which a program compiles in a third of the time, and runs slower on a CPU."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests marked `unoptimized`, with their fixtures, compile engines' programs so."""
+    if item.get_closest_marker("unoptimized") is None:
+        return (yield)
+    with unoptimized():
+        return (yield)
+
+
+@contextmanager
+def unoptimized() -> Iterator[None]:
+    """Programs of engines are compiled quickly, in this process and in those that it starts.
+
+    This process has read its XLA_FLAGS before: to it they are no more than a part of programs' names.
+    """
+    compile_as_asked, flags = jax.stages.Lowered.compile, os.environ.get("XLA_FLAGS", "")
+    _try_options()
+
+    def compile_quickly(self: jax.stages.Lowered, options: Any = None, **others: Any) -> jax.stages.Compiled:
+        return compile_as_asked(self, UNOPTIMIZED | (options or {}), **others)
+
+    named = " ".join(f"--{name}={str(value).lower()}" for name, value in UNOPTIMIZED.items())
+    with (
+        mock.patch.object(jax.stages.Lowered, "compile", compile_quickly),
+        mock.patch.dict(os.environ, XLA_FLAGS=f"{flags} {named}".strip()),
+    ):
+        yield
+
+
+@functools.cache
+def _try_options() -> None:
+    """XLA knows the options; and has read its flags, which change now."""
+    jax.jit(lambda: 0).lower().compile(UNOPTIMIZED)
 
 
 @pytest.fixture(scope="session")

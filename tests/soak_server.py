@@ -1,9 +1,10 @@
 """Load on a running server from clients that behave and clients that do not; prints JSON.
 
 Streams come and go for a while: most read to the end, some disconnect, read slowly, send bad JSON, bodies
-that are too large, or a wrong key. Beside them /health is asked twenty times a second. At the end nothing may
-run or wait, and every stream that was accepted must have ended exactly once. Without --url a server of the
-default model is started, and its memory is watched.
+that are too large, or wrong, revoked or no keys. Beside them /health is asked twenty times a second. At the
+end nothing may run or wait, and every stream that was accepted must have ended exactly once. Without --url a
+server of the default model is started, with tenants and keys; its memory is watched, and that no key can be
+read in its log or in the list of processes.
 """
 
 import argparse
@@ -12,16 +13,19 @@ import json
 import random
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 from served_process import Served
+from soak_keys import KeyFolder, Keys
 
 WORDS = "river stone lamp winter bread music letter garden engine cloud silver".split()  # noqa: SIM905
 HEALTH_EVERY_S = 0.05
@@ -47,9 +51,10 @@ class Report:
 class Client:
     """One of many that ask at once."""
 
-    def __init__(self, http: httpx.AsyncClient, report: Report, seed: int, key: str | None) -> None:
+    def __init__(self, http: httpx.AsyncClient, report: Report, seed: int, keys: Keys) -> None:
         self._http, self._report, self._random = http, report, random.Random(seed)
-        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._headers, self._bad_keys = bearer(keys.good[seed % len(keys.good)]), list(keys.bad.items())
+        self._first_bad = self._bad_keys[seed : seed + 1]  # so that each is sent at least once
 
     async def run(self, until: float) -> None:
         """Requests one after another."""
@@ -60,8 +65,10 @@ class Client:
             self._bad_json: 8,
             self._too_large: 6,
             self._bad_value: 6,
-            self._wrong_key: 6 * bool(self._headers),
+            self._wrong_key: 6 * bool(self._bad_keys),
         }
+        for why, key in self._first_bad:
+            await self._unauthorized(why, key)
         while time.monotonic() < until:
             (kind,) = self._random.choices(list(kinds), list(kinds.values()))
             await kind()
@@ -126,9 +133,10 @@ class Client:
     async def _read_slowly(self) -> None:
         await self._stream("read slowly", pause=0.1)
 
-    async def _refused(self, name: str, status: int, content: bytes, key: str | None = None) -> None:
-        headers = {"Content-Type": "application/json"} | self._headers
-        headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
+    async def _refused(
+        self, name: str, status: int, content: bytes, key: dict[str, str] | None = None
+    ) -> None:
+        headers = {"Content-Type": "application/json"} | (self._headers if key is None else key)
         response = await self._http.post("/v1/chat/completions", content=content, headers=headers)
         self._report.outcomes[name] += 1
         self._report.expect(response.status_code == status, f"{name}: status {response.status_code}")
@@ -148,8 +156,16 @@ class Client:
         await self._refused("bad value", 400, json.dumps(self._body(temperature="hot")).encode())
 
     async def _wrong_key(self) -> None:
+        await self._unauthorized(*self._random.choice(self._bad_keys))
+
+    async def _unauthorized(self, why: str, key: str | None) -> None:
         body = json.dumps(self._body()).encode()
-        await self._refused("wrong key", 401, body, key="realm-nobody-nothing")
+        await self._refused(f"401, {why}", 401, body, bearer(key))
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that has the key."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 async def ask_health(http: httpx.AsyncClient, report: Report, until: float) -> None:
@@ -171,21 +187,20 @@ async def figures(http: httpx.AsyncClient, headers: dict[str, str]) -> dict[str,
     return dict(found)
 
 
-async def drive(url: str, streams: int, seconds: float, key: str | None) -> dict[str, Any]:
+async def drive(url: str, streams: int, seconds: float, keys: Keys) -> dict[str, Any]:
     """The report of a load."""
     report = Report()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=streams)
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     async with (
         httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http,
         httpx.AsyncClient(base_url=url, timeout=60) as apart,
     ):
         until = time.monotonic() + seconds
-        clients = [Client(http, report, seed, key).run(until) for seed in range(streams)]
+        clients = [Client(http, report, seed, keys).run(until) for seed in range(streams)]
         start = time.perf_counter()
         await asyncio.gather(ask_health(apart, report, until), *clients)
         took = time.perf_counter() - start
-        left = await wait_for_idle(apart, headers)
+        left = await wait_for_idle(apart, bearer(keys.admin))
     return {
         "streams": streams,
         "seconds": round(took, 1),
@@ -211,19 +226,25 @@ async def wait_for_idle(http: httpx.AsyncClient, headers: dict[str, str]) -> flo
 
 def soak(streams: int, seconds: float, *arguments: object) -> dict[str, Any]:
     """The report of a load on a server of its own, which must end well; memory in MB, after a first load."""
-    served = Served("--max-queue", 4 * streams, "--ctx-size", 1024, *arguments)
-    try:
-        address = served.address()
-        process = psutil.Process(served.process.pid)
-        asyncio.run(drive(address, streams, min(seconds, 5.0), None))
-        before = process.memory_info().rss
-        report = asyncio.run(drive(address, streams, seconds, None))
-        after = process.memory_info().rss
-        served.process.terminate()
-        code = served.end()
-    finally:
-        served.close()
-    return report | {"memory_mb": [round(each / 1e6) for each in (before, after)], "exit_code": code}
+    with tempfile.TemporaryDirectory(prefix="realm-soak-") as folder:
+        keys = KeyFolder(Path(folder))
+        served = Served("--max-queue", 4 * streams, "--ctx-size", 1024, *keys.flags, *arguments)
+        try:
+            address = served.address()
+            process = psutil.Process(served.process.pid)
+            asyncio.run(drive(address, streams, min(seconds, 5.0), keys.before()))
+            before = process.memory_info().rss
+            report = asyncio.run(drive(address, streams, seconds, keys.after()))
+            after = process.memory_info().rss
+            seen = keys.seen(served.events)
+            served.process.terminate()
+            code = served.end()
+            seen += [place for place in keys.seen(served.events) if place not in seen]
+        finally:
+            served.close()
+            keys.close()
+    memory = [round(each / 1e6) for each in (before, after)]
+    return report | {"memory_mb": memory, "exit_code": code, "keys_seen_in": seen}
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -241,9 +262,11 @@ def main() -> int:
     if asked.url is None:
         report = soak(asked.streams, asked.seconds)
     else:
-        report = asyncio.run(drive(asked.url, asked.streams, asked.seconds, asked.key))
+        bad = {} if asked.key is None else {"no key's form": "realm-nobody-nothing", "no key": None}
+        keys = Keys((asked.key,), bad, asked.key)
+        report = asyncio.run(drive(asked.url, asked.streams, asked.seconds, keys))
     print(json.dumps(report, indent=1))
-    return 1 if report["wrong"] or report["left_running"] else 0
+    return 1 if report["wrong"] or report["left_running"] or report.get("keys_seen_in") else 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from command_line import realm, spawn
 
+pytestmark = pytest.mark.unoptimized
+
 COMMANDS = {
     "generate": lambda file: ("generate", "-m", file, "--raw", "hello", "-n", 4),
     "inspect": lambda file: ("inspect", file),

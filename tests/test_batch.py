@@ -15,6 +15,8 @@ import pytest
 from realm_jax import LLM, RequestError, SamplingParams
 from realm_jax.serving.batch import BatchJob, read_lines
 
+pytestmark = pytest.mark.unoptimized
+
 rng = random.Random(0)
 KILLS = int(os.environ.get("REALM_KILLS", "3"))  # more of them take a minute or two
 

@@ -231,6 +231,7 @@ def test_int8_caches_are_exact_but_for_rounding() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.unoptimized
 def test_a_soak_of_mixed_requests_leaks_nothing(tiny_model: Path) -> None:
     """2,000 requests, random aborts: each ends once, nothing compiles, no slot and no memory is kept."""
     import psutil

@@ -27,6 +27,8 @@ from realm_jax.benchmark import (
 )
 from realm_jax.serving.request import Request, TextDelta
 
+pytestmark = pytest.mark.unoptimized
+
 CONTRACT = ["test", "depth", "batch", "tokens_per_second", "stddev"]
 COLUMNS = ["model", "size", "params", "backend", "threads", "type_k", "type_v"]
 COLUMNS += ["depth", "batch", "test", "t/s"]

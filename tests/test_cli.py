@@ -18,6 +18,8 @@ import realm_jax
 from realm_jax import LLM, SamplingParams, cli, gguf, hub
 from realm_jax.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.unoptimized
+
 KEYS = {
     "text": str,
     "token_ids": list,

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from command_line import ROOT, environment, realm, start
 
+pytestmark = pytest.mark.unoptimized
+
 # a session leader takes the terminal that it opens its streams on only when it says so
 ON_A_TERMINAL = """
 import fcntl, sys, termios

@@ -12,6 +12,8 @@ from realm_jax.errors import RequestError
 from realm_jax.llm import LLM
 from realm_jax.params import SamplingParams
 
+pytestmark = pytest.mark.unoptimized
+
 # name of the flag and in SamplingParams, the file's key, then values: default, hint, config, variable, flag
 SAMPLING = [
     ("temperature", "temperature", "general.sampling.temp", (0.8, 0.5, 0.25, 0.75, 0.125)),

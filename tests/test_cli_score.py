@@ -11,6 +11,8 @@ from command_line import realm
 
 from realm_jax import LLM, SamplingParams
 
+pytestmark = pytest.mark.unoptimized
+
 TEXT = "the cat"
 
 

@@ -27,6 +27,8 @@ from realm_jax.model import Transformer
 from realm_jax.nodes import Dense
 from realm_jax.scoring import logits
 
+pytestmark = pytest.mark.unoptimized
+
 KEPT = (0, 2)
 NORMS = [
     (f"blk.{i}.{kind}_norm.weight", f"blk.{layer}.{kind}_norm.weight")

@@ -73,6 +73,7 @@ def test_the_default_model_batched_is_alone(default_model: Path, dtype: str) -> 
     assert [said(o) for o in together] == [said(o) for o in alone]
 
 
+@pytest.mark.unoptimized
 def test_nothing_compiles_after_warmup(tiny_model: Path) -> None:
     llm = LLM(tiny_model, max_num_seqs=16)
     assert llm.engine.warmup() == len(llm.engine.buckets.programs()) <= 24

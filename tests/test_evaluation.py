@@ -21,6 +21,8 @@ import realm_jax
 from realm_jax import LLM, SamplingParams
 from realm_jax.evaluation import RealmLM
 
+pytestmark = pytest.mark.unoptimized
+
 CONTEXT = 256
 FLOAT32 = ("--dtype", "float32", "-c", CONTEXT)  # the shapes of `llm`, 32 sequences at once
 CHOICES = [" cat", " dog", " a mouse"]

@@ -13,6 +13,8 @@ from tiny import TEMPLATE, write_model
 from realm_jax import LLM, RequestError, SamplingParams
 from realm_jax.evaluation import RealmLM, sampling_params
 
+pytestmark = pytest.mark.unoptimized
+
 CONTEXT = 256
 BRIEF = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}>"
 

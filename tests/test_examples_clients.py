@@ -13,6 +13,8 @@ from running_server import PATIENCE, running
 from realm_jax import LLM
 from realm_jax.serving.server.process import RealmServer
 
+pytestmark = pytest.mark.unoptimized
+
 CLIENTS = Path(__file__).parents[1] / "examples" / "clients"
 
 

@@ -148,6 +148,7 @@ def test_a_row_says_what_the_folded_model_says(small_model: Path, tmp_path: Path
         assert [together[i] for i in mine] == alone
 
 
+@pytest.mark.unoptimized
 def test_adapters_come_and_go_while_others_run(tiny_model: Path, tmp_path: Path):
     broken = tmp_path / "broken.gguf"
     llm = LLM(tiny_model, ctx_size=128, max_num_seqs=4, max_loras=2, max_lora_rank=16)
@@ -194,6 +195,7 @@ def test_a_larger_rank_disturbs_nobody(tiny_model: Path):
     assert llm.generate([[5, 6, 7]], GREEDY, lora="large")[0].token_ids != wanted[0]
 
 
+@pytest.mark.unoptimized
 def test_another_adapter_of_the_same_name_reuses_nothing(tiny_model: Path):
     llm = LLM(tiny_model, ctx_size=256, max_num_seqs=4)
     prompt = prompts(1)[0] * 3
@@ -206,6 +208,7 @@ def test_another_adapter_of_the_same_name_reuses_nothing(tiny_model: Path):
     assert said(outputs[0]) == said(outputs[2]) != said(outputs[1])
 
 
+@pytest.mark.unoptimized
 def test_what_cannot_be_named_is_refused(tiny_model: Path):
     llm = LLM(tiny_model, ctx_size=128)
     good = random_adapter(llm, 1, 4)
@@ -232,6 +235,7 @@ def test_what_cannot_be_named_is_refused(tiny_model: Path):
     assert not llm.engine.has_work
 
 
+@pytest.mark.unoptimized
 def test_the_command_line_folds_and_registers(small_model: Path, tmp_path: Path):
     llm = LLM(small_model, ctx_size=128, dtype="float32", max_num_seqs=4)
     adapter = tmp_path / "a.gguf"
@@ -266,6 +270,7 @@ def test_the_command_line_folds_and_registers(small_model: Path, tmp_path: Path)
     )
 
 
+@pytest.mark.unoptimized
 def test_a_load_that_fails_is_done_again(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     llm = LLM(tiny_model, ctx_size=128, max_num_seqs=4)
     llm.engine.load_adapter("a", random_adapter(llm, 1, 4))

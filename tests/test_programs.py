@@ -252,6 +252,7 @@ def run_alone(model: Path, cache: Path, **variables: str) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.unoptimized
 def test_a_second_process_compiles_nothing(tiny_model: Path, tmp_path: Path) -> None:
     first, second = (run_alone(tiny_model, tmp_path) for _ in range(2))
     assert first["compiled"] and len(first["announced"]) == 2
@@ -260,6 +261,7 @@ def test_a_second_process_compiles_nothing(tiny_model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.unoptimized
 def test_programs_of_jax_own_cache_run_and_are_not_kept(tiny_model: Path, tmp_path: Path) -> None:
     """XLA's CPU backend cannot write a program that it has read: such an entry would fail when it runs."""
     variables = {

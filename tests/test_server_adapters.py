@@ -12,6 +12,8 @@ from realm_jax import LLM, SamplingParams
 from realm_jax.serving.bodies import COMPLETIONS
 from realm_jax.serving.server.process import RealmServer
 
+pytestmark = pytest.mark.unoptimized
+
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 

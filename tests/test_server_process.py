@@ -18,6 +18,8 @@ from realm_jax.serving.bodies import CHAT, COMPLETIONS
 from realm_jax.serving.server import process
 from realm_jax.serving.server.limits import Limits
 
+pytestmark = pytest.mark.unoptimized
+
 HALF_A_BODY = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 HALF_A_BODY += b"Content-Length: 9\r\n\r\n{"
 SYSTEM = {"role": "system", "content": "You answer in one short sentence."}

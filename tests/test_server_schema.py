@@ -15,6 +15,8 @@ from schemathesis import GenerationMode
 from realm_jax import LLM
 from realm_jax.serving.server.limits import Limits
 
+pytestmark = pytest.mark.unoptimized
+
 LIMITS = Limits(body_bytes=1 << 16, prompts=2, n=2, sequences=2)
 HEALTH = (HealthCheck.filter_too_much, HealthCheck.too_slow, HealthCheck.data_too_large)
 

@@ -20,6 +20,8 @@ from realm_jax.serving.keys import KeyStore
 from realm_jax.serving.server.tenancy import Tenancy
 from realm_jax.serving.tenants import EVERY, Tenant
 
+pytestmark = pytest.mark.unoptimized
+
 BODY = {"prompt": "a b c", "temperature": 0, "max_tokens": 4, "ignore_eos": True}
 TENANTS = (
     Tenant("ann", adapters=("poet",), system_prompt="You are brief."),
@@ -69,7 +71,15 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
 def test_everything_but_health_and_the_page_needs_a_key(setting: SimpleNamespace):
     for path in ("/health", "/", "/page.css", "/page.js"):
         assert ask(setting, None, path).status_code == 200
-    for path in ("/v1/models", "/metrics", "/props", "/version", "/openapi.json", "/nowhere"):
+    for path in (
+        "/v1/models",
+        "/metrics",
+        "/props",
+        "/tokenizer_info",
+        "/version",
+        "/openapi.json",
+        "/nowhere",
+    ):
         refused = ask(setting, None, path)
         assert error(refused, 401)["code"] == "invalid_api_key"
         assert refused.headers["www-authenticate"] == "Bearer"

@@ -239,6 +239,7 @@ def _pairs(llm: LLM, prompt: list[int]) -> dict[tuple[int, ...], float]:
     return dict(pairs)
 
 
+@pytest.mark.unoptimized
 def test_nothing_compiles_after_warmup(tiny_model: Path, drafts: dict[str, Path | None]) -> None:
     """Whatever is guessed and accepted."""
     llm = speculating(tiny_model, drafts["bad"], max_num_seqs=6, ctx_size=512, max_num_batched_tokens=256)

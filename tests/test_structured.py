@@ -20,6 +20,8 @@ from tiny import write_model
 from realm_jax import LLM, RequestError, SamplingParams, StructuredOutput
 from realm_jax.serving.request import FinishReason, GenerationOutput
 
+pytestmark = pytest.mark.unoptimized
+
 SHAPES: dict[str, Any] = {"max_num_seqs": 8, "ctx_size": 512}
 
 

@@ -15,6 +15,8 @@ from realm_jax import LLM
 from realm_jax.serving.server.limits import Limits
 from realm_jax.serving.server.process import RealmServer
 
+pytestmark = pytest.mark.unoptimized
+
 LIMITS = Limits(body_bytes=1 << 18, calls=8, write_seconds=2.0)
 LONG = {"prompt": "a b", "max_tokens": 900, "ignore_eos": True}
 

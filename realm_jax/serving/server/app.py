@@ -17,6 +17,7 @@ ROUTES = (
     Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
     Route("/tokenize", pages.tokenize, methods=["POST"]),
     Route("/detokenize", pages.detokenize, methods=["POST"]),
+    Route("/tokenizer_info", pages.tokenizer_info),
     Route("/apply-template", pages.apply_template, methods=["POST"]),
     Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]),
     Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]),

@@ -32,6 +32,7 @@ POSTS: dict[str, tuple[type[Body], str]] = {
 GETS = {
     "/v1/models": "The model and its adapters.",
     "/v1/models/{name}": "One of them.",
+    "/tokenizer_info": "The special tokens and the chat template, under Transformers' names.",
     "/props": "Facts of the model and the run.",
     "/health": "200 while requests are served, 503 otherwise.",
     "/metrics": "Prometheus metrics.",

@@ -72,6 +72,22 @@ async def detokenize(request: Request) -> Response:
     return await _answer(request, DetokenizeBody, lambda b, llm: {"prompt": llm.tokenizer.decode(b.tokens)})
 
 
+async def tokenizer_info(request: Request) -> Response:
+    """What a client needs to know of the tokenizer that /tokenize is, as vLLM says it."""
+    llm = service_of(request).require_llm()
+    tokenizer, template = llm.tokenizer, llm.model.template
+    ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    texts = {name: None if id is None else tokenizer.token_text(id) for name, id in ends.items()}
+    return JSON(
+        texts
+        | {
+            "add_bos_token": tokenizer.add_bos,
+            "model_max_length": llm.model.context,
+            "chat_template": None if template is None else template.template,
+        }
+    )
+
+
 async def apply_template(request: Request) -> Response:
     """The text that the model's chat template makes of a conversation."""
     return await _answer(request, TemplateBody, _apply_template)
