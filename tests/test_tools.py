@@ -21,6 +21,7 @@ from realm_jax.tools import (
     read_tools,
 )
 
+LLAMA = next(format for format in FORMATS if format.name == "llama")
 NAMES = ("get_weather", "f", "a-b.c")
 PIECES = [
     "a",
@@ -138,6 +139,14 @@ def test_what_is_no_call_stays_text(format: CallFormat):
             kinds, has_calls, is_cut = read(format, parts, constrained=False)
             assert (kinds, has_calls, is_cut) == (wanted, False, False), text
     assert read_answer(CallReader(format, NAMES, constrained=False), "Hello.\n") == ("Hello.\n", [])
+
+
+def test_one_call_is_one_call():
+    text = '{"name": "f", "parameters": {}}; {"name": "f", "parameters": {}}'
+    for several, count in ((True, 2), (False, 1)):
+        reader = CallReader(LLAMA, NAMES, constrained=False, several=several)
+        _, calls = read_answer(reader, text)
+        assert calls == [ToolCall("f", "{}")] * count
 
 
 def test_a_cut_call_is_said():

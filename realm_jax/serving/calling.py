@@ -53,7 +53,8 @@ class Calling:
 
     def stream(self, request_id: str, sample: int) -> "CallStream":
         """What reads one answer."""
-        reader = CallReader(self.format, self.tools.names, constrained=self.form is not None)
+        names, several = self.tools.names, self.tools.several
+        reader = CallReader(self.format, names, constrained=self.form is not None, several=several)
         return CallStream(reader, lambda i: self._call_id(f"{request_id}-{sample}-{i}"))
 
     def _call_id(self, place: str) -> str:

@@ -53,8 +53,11 @@ class CallReader:
     beside calls is no text.
     """
 
-    def __init__(self, format: CallFormat, names: Container[str], *, constrained: bool) -> None:
-        self._format, self._names = format, names
+    def __init__(
+        self, format: CallFormat, names: Container[str], *, constrained: bool, several: bool = True
+    ) -> None:
+        """several: whether what follows a call may be another, where no grammar says so."""
+        self._format, self._names, self._several = format, names, several
         self._head = None
         if constrained:
             self._head = re.compile(
@@ -139,6 +142,9 @@ class CallReader:
 
     def _opened(self) -> bool:
         """Before an object, or behind the last."""
+        if self._has_read and self._format.opens is None and not self._several:
+            self._state = self._plain
+            return True
         skipped = SKIPPED.match(self._rest)
         assert skipped is not None
         rest = self._rest[skipped.end() :]
