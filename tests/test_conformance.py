@@ -29,6 +29,11 @@ FRANCE: dict[str, Any] = GREEDY | {"prompt": "The capital of France is", "max_to
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """Options, as the client's overloads take them."""
+    return options
+
+
 @pytest.fixture(scope="module")
 def llm(default_model: Path) -> LLM:
     return LLM(default_model, ctx_size=512, max_num_seqs=4, deterministic=True)
@@ -69,7 +74,7 @@ def test_paris_over_http_events_and_the_websocket(server: RealmServer, client: O
 def test_completions(client: OpenAI, llm: LLM):
     said = client.completions.create(**FRANCE).choices[0].text
     ids = llm.tokenizer.encode(FRANCE["prompt"])
-    many = client.completions.create(**FRANCE | {"prompt": [FRANCE["prompt"], "Two and two make"], "n": 2})
+    many = client.completions.create(**FRANCE | given(prompt=[FRANCE["prompt"], "Two and two make"], n=2))
     assert [choice.index for choice in many.choices] == [0, 1, 2, 3]
     assert [choice.text for choice in many.choices[:2]] == [said, said] != many.choices[2].text
     prompts: dict[str, Any] = {"prompt": [ids, ids]}
@@ -112,7 +117,7 @@ def test_chat_options(client: OpenAI, llm: LLM):
     assert all(each.token == each.top_logprobs[0].token for each in scored.logprobs.content), "greedy"
     raw = b"".join(bytes(each.bytes or ()) for each in scored.logprobs.content)
     assert (scored.message.content or "") in raw.decode()
-    warm = CHAT | {"temperature": 1.0, "seed": 11, "n": 2, "max_completion_tokens": 8}
+    warm = CHAT | given(temperature=1.0, seed=11, n=2, max_completion_tokens=8)
     first, again = (client.chat.completions.create(**warm).choices for _ in range(2))
     assert [each.message.content for each in first] == [each.message.content for each in again]
     assert first[0].message.content != first[1].message.content
@@ -124,7 +129,7 @@ def test_chat_options(client: OpenAI, llm: LLM):
     )
     (token,) = llm.tokenizer.encode(" river", add_special=False)
     biased = client.chat.completions.create(
-        **CHAT | {"max_completion_tokens": 3}, logit_bias={str(token): 100}
+        **CHAT | given(max_completion_tokens=3), logit_bias={str(token): 100}
     )
     assert biased.choices[0].message.content == " river river river"
 
@@ -133,7 +138,7 @@ def test_forms_and_tools(client: OpenAI):
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
     schema["additionalProperties"] = False
     form: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
-    asked = CHAT | {"max_completion_tokens": 60}
+    asked = CHAT | given(max_completion_tokens=60)
     answer = client.chat.completions.create(**asked, response_format=form).choices[0]
     assert json.loads(answer.message.content or "") in ({"n": 1}, {"n": 2})
     anything = client.chat.completions.create(**asked, response_format={"type": "json_object"}).choices[0]
@@ -152,7 +157,7 @@ def test_forms_and_tools(client: OpenAI):
 
 def test_what_vllm_adds(client: OpenAI, llm: LLM):
     def text(**more: Any) -> Any:
-        return client.completions.create(**FRANCE | {"temperature": 1.0, "seed": 3}, extra_body=more).choices[
+        return client.completions.create(**FRANCE | given(temperature=1.0, seed=3), extra_body=more).choices[
             0
         ]
 
@@ -170,7 +175,7 @@ def test_what_vllm_adds(client: OpenAI, llm: LLM):
     assert text(**ended).finish_reason == "stop" and text(**ended, ignore_eos=True).finish_reason == "length"
     scored = text(prompt_logprobs=1).model_extra["prompt_logprobs"]
     assert scored[0] is None and len(scored) == len(llm.tokenizer.encode(FRANCE["prompt"]))
-    long = GREEDY | {"prompt": "word " * 150, "max_tokens": 1}
+    long = GREEDY | given(prompt="word " * 150, max_tokens=1)
 
     def reused(salt: str) -> Any:
         usage = client.completions.create(**long, extra_body={"cache_salt": salt}).usage
@@ -185,7 +190,7 @@ def test_what_vllm_adds(client: OpenAI, llm: LLM):
 def test_models_and_embeddings(client: OpenAI, llm: LLM):
     assert [model.id for model in client.models.list()] == [MODEL] == [client.models.retrieve(MODEL).id]
     with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(**CHAT | {"model": "gpt-4"})
+        client.chat.completions.create(**CHAT | given(model="gpt-4"))
     found = client.embeddings.create(model=MODEL, input=["Paris", "Paris", "Rome"])
     vectors = [each.embedding for each in found.data]
     assert len(vectors[0]) == llm.model.config.hidden_size and vectors[0] == vectors[1] != vectors[2]
