@@ -101,10 +101,12 @@ def test_written_calls_are_read_back_in_any_pieces(format: CallFormat):
         ]
         opening = words(rng) if format.opens is not None else ""
         opening = "" if format.opens is not None and format.opens in opening + "x" else opening
-        text = opening + written(format, calls)
+        behind = rng.choice(["", "\n", "\n\nafter."])
+        text = opening + written(format, calls) + behind
         wanted: list[Any] = [["Content", opening.rstrip()]] if opening.strip() else []
         for call in calls:
             wanted += [["Opening", call.name], ["Arguments", call.arguments]]
+        wanted += [["Content", behind.strip()]] if behind.strip() else []
         for constrained in (True, False):
             assert read(format, [text], constrained) == (wanted, True, False), text
             for _ in range(4):
@@ -129,7 +131,7 @@ def test_what_is_no_call_stays_text(format: CallFormat):
         f'{opens}{{"name": "f", "{key}": {{"a": 1',
         f"{opens} no object",
         f"{opens}[1, 2]",
-        f"{opens}{{" + "[" * 5000 + "]" * 5000 + "}",
+        f'{opens}{{"a": ' + "[" * 5000 + "]" * 5000 + "}",
         f'{opens}{{"name": "f", "{key}": {{"a": {"9" * 5000}}}}}',
         f"a {opens[:-1]}",
     ]
@@ -155,6 +157,8 @@ def test_a_cut_call_is_said():
     kinds, has_calls, is_cut = read(hermes, list(text), constrained=True)
     assert kinds == [["Opening", "f"], ["Arguments", '{"a": "b']]
     assert (has_calls, is_cut) == (False, True)
+    unknown = '<tool_call>\n{"name": "unknown", "arguments": {}}'
+    assert read(hermes, [unknown], constrained=True) == ([["Content", unknown]], False, False)
 
 
 def test_arguments_are_passed_on_as_they_come():
@@ -175,6 +179,8 @@ def test_templates_that_take_no_tools_say_so():
     for template, words in ((IGNORANT, "ignores them"), (FOREIGN, "in none of the forms hermes, mistral")):
         found = find_tool_use([ChatTemplate(template)], "m.gguf")
         assert isinstance(found, UnsupportedError) and words in str(found) and "m.gguf" in str(found)
+    found = find_tool_use([ChatTemplate("{{ messages[0].content }} probe_function")], "m.gguf")
+    assert "ignores them" in str(found), "what stands there without tools as well says nothing"
     assert "no chat template" in str(find_tool_use([None], "m.gguf"))
 
 
