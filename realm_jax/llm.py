@@ -30,6 +30,7 @@ from realm_jax.serving.request import (
     each_adapters,
     leaders_first,
 )
+from realm_jax.tools import Toolset
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -166,9 +167,11 @@ class LLM:
         """The output as it comes; the last delta of each sample carries the whole."""
         return self._run([self._request(self.prompt_ids(prompt), params, chosen_adapters(lora))])
 
-    def chat_prompt(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+    def chat_prompt(
+        self, messages: Sequence[Message], *, tools: Toolset | None = None, **variables: Any
+    ) -> list[int]:
         """The token ids of a conversation, up to where the model answers. variables: for the template."""
-        text = self.model.require_template().render(messages, **variables)
+        text = self.model.chat_text(messages, tools, **variables)
         ids = self.tokenizer.encode(text, add_special=False, parse_special=True)
         bos = self.tokenizer.bos_id
         if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos]:

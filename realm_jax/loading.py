@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from realm_jax import gguf, lora, runtime, weights
 from realm_jax.architectures import read_config
 from realm_jax.buckets import Buckets
 from realm_jax.cache import cached_bytes
-from realm_jax.chat import ChatTemplate
+from realm_jax.chat import TEMPLATE_KEY, ChatTemplate
 from realm_jax.config import EngineConfig, ModelConfig, Numerics
 from realm_jax.errors import CapacityError, UnsupportedError
 from realm_jax.lora import Adapter, Base, FoldedFile
 from realm_jax.model import Transformer
 from realm_jax.parallel import Placement, place
 from realm_jax.tokenizer import Tokenizer
+from realm_jax.tools import Toolset, ToolUse, find_tool_use, has_calls
 from realm_jax.weights import Params
+
+TOOL_TEMPLATE = "tool_use"
+"""Some files have a template of this name for conversations with tools."""
 
 LoadProgress = Callable[[int, int], None]  # bytes of weights read, bytes in total
 
@@ -51,6 +56,30 @@ class LoadedModel:
     def require_template(self) -> ChatTemplate:
         """The chat template. Raises UnsupportedError if the file has none."""
         return self.template or ChatTemplate.require(self.metadata, self.path.name)
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], tools: Toolset | None = None, **variables: Any
+    ) -> str:
+        """A conversation as the model reads it, up to where it answers. variables: for the template.
+
+        Raises UnsupportedError for tools, or calls of them, where the template ignores such.
+        """
+        if tools is None and not has_calls(messages):
+            return self.require_template().render(messages, **variables)
+        return self.require_tools().render(messages, tools, **variables)
+
+    def require_tools(self) -> ToolUse:
+        """How it is told of tools. Raises UnsupportedError if its template ignores them."""
+        if isinstance(self._tool_use, UnsupportedError):
+            raise UnsupportedError(str(self._tool_use))
+        return self._tool_use
+
+    @cached_property
+    def _tool_use(self) -> ToolUse | UnsupportedError:
+        key, texts = f"{TEMPLATE_KEY}.{TOOL_TEMPLATE}", _special_texts(self.tokenizer)
+        name = TOOL_TEMPLATE if key in self.metadata else None
+        own = ChatTemplate.from_metadata(self.metadata, self.path.name, name=name, **texts)
+        return find_tool_use((own, self.template), self.path.name)
 
 
 def load_model(

@@ -29,6 +29,7 @@ class SamplingParams:
     min_tokens: end and stop tokens are masked until so many tokens stand.
     logprobs: None, or how many best alternatives to report with each token.
     prompt_logprobs: the same for the prompt's tokens; with max_tokens 0, nothing else is computed.
+    skip_special_tokens: control tokens are left out of the text.
     n: independent samples of the same prompt.
     structured_output: the form that the text must have; it ends where nothing may follow.
     """
@@ -49,6 +50,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
     n: int = 1
     structured_output: StructuredOutput | None = None
 
@@ -61,8 +63,9 @@ class SamplingParams:
         for name, (low, high) in _OPTIONAL.items():
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), low, high)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if len(self.stop) > MAX_STOPS:
             raise RequestError(f"stop has {len(self.stop)} strings; the limit is {MAX_STOPS}")
         if not isinstance(self.structured_output, StructuredOutput | None):

@@ -127,8 +127,12 @@ def test_values_that_json_lacks_are_named():
 def test_contents_in_parts_are_joined_and_tool_calls_need_none():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert render("{{ messages[0].content }}", [{"role": "user", "content": parts}]) == "a\nb"
-    call = [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
-    assert render("{{ messages[0].tool_calls[0].name }}{{ messages[0].content }}", call) == "fNone"
+    calls = [{"function": {"name": "f", "arguments": '{"a": 1}'}}]
+    said = "{{ messages[0].tool_calls[0].function | tojson }}{{ messages[0].content }}"
+    call = {"role": "assistant", "content": None, "tool_calls": calls}
+    assert render(said, [call]) == '{"name": "f", "arguments": {"a": 1}}None'
+    none = {"role": "assistant", "content": "x", "tool_calls": []}
+    assert render("{{ 'tool_calls' in messages[0] }}", [none]) == "False", "templates ask by the name"
 
 
 def test_a_template_that_refuses_blames_the_request():

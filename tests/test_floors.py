@@ -35,7 +35,7 @@ FLOORS = {
         "sampling",
         "sampling_rows",
     }
-    | {"tokenizer", "grammars", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
+    | {"tokenizer", "grammars", "chat", "tools", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
     3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring"}
     | {
@@ -56,7 +56,7 @@ FLOORS = {
     5: {"llm", "speculation", "perplexity", "research", "training", "evaluation", "benchmark"}
     | {
         f"serving.{name}"
-        for name in ("server", "serve_config", "batch", "bodies", "answers", "keys", "metrics")
+        for name in ("server", "serve_config", "batch", "bodies", "calling", "answers", "keys", "metrics")
     },
     6: {"cli", "__main__"},
 }
@@ -89,6 +89,7 @@ WITHIN_A_FLOOR = {
     ("sampling", "sampling_rows"),
     ("params", "structured"),
     ("grammars", "tokenizer"),
+    ("tools", "chat"),
     ("tokenizer", "gguf"),  # Tokenizer.from_gguf
     ("model", "layers"),
     ("weights", "architectures"),
@@ -121,6 +122,8 @@ WITHIN_A_FLOOR = {
     ("serving.batch", "serving.bodies"),
     ("serving.batch", "serving.answers"),
     ("serving.answers", "serving.bodies"),
+    *((f"serving.{above}", "serving.calling") for above in ("bodies", "answers", "server")),
+    ("serving.calling", "llm"),
     *(("serving.server", unit) for unit in ("llm", "serving.bodies", "serving.answers")),
     ("serving.bodies", "llm"),
     ("evaluation", "llm"),
@@ -128,7 +131,7 @@ WITHIN_A_FLOOR = {
     ("__main__", "cli"),
 } | {(unit, "errors") for unit in FLOORS[0]}
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units}
-WITHOUT_JAX = ("errors", "ggml", "params", "gguf", "tokenizer", "grammars", "chat", "hub")
+WITHOUT_JAX = ("errors", "ggml", "params", "gguf", "tokenizer", "grammars", "chat", "tools", "hub")
 WITHOUT_JAX += ("serving.request", "serving.scheduler", "serving.tenants")
 MAX_LINES = 330
 SHAPELESS_NAMES = {"utils", "util", "helpers", "helper", "manager", "managers", "misc", "common"}

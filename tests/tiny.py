@@ -29,10 +29,12 @@ def write_model(
     seed: int = 0,
     metadata: Mapping[str, int | float | str] | None = None,
     kinds: Mapping[str, gguf.GGMLQuantizationType] | None = None,
+    control: tuple[str, ...] = (),
 ) -> Path:
     """A model of random float32 weights with an SPM vocabulary of 320 tokens; returns its path.
 
-    metadata: further keys. kinds: the types of matrices by the last part of their name, such as attn_q.
+    metadata: further keys. control: texts of the last tokens, which are then control tokens. kinds: the
+    types of matrices by the last part of their name, such as attn_q.
     The architecture must name its tensors as llama does: llama, qwen3 (qk_norm).
     """
     rng = np.random.default_rng(seed)
@@ -46,7 +48,7 @@ def write_model(
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(head_dim)
-    _add_vocabulary(writer)
+    _add_vocabulary(writer, control)
     if template is not None:
         writer.add_chat_template(template)
     for key, value in (metadata or {}).items():
@@ -102,15 +104,16 @@ def _q4_k(values: np.ndarray) -> np.ndarray:
     ).reshape(*values.shape[:-1], -1)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
+def _add_vocabulary(writer: gguf.GGUFWriter, control: tuple[str, ...]) -> None:
     """Three special tokens, all bytes, and printable pieces: any text can be encoded."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     words = [chr(ord("a") + i) for i in range(26)] + [f"▁{chr(ord('a') + i)}" for i in range(26)] + ["▁"]
     tokens = [*SPECIAL, *pieces, *words]
-    tokens += [f"word{i}" for i in range(VOCAB - len(tokens))]
+    tokens += [f"word{i}" for i in range(VOCAB - len(tokens) - len(control))] + [*control]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     kinds += [gguf.TokenType.BYTE] * 256
-    kinds += [gguf.TokenType.NORMAL] * (VOCAB - len(kinds))
+    kinds += [gguf.TokenType.NORMAL] * (VOCAB - len(kinds) - len(control))
+    kinds += [gguf.TokenType.CONTROL] * len(control)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)

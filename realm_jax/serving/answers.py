@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from realm_jax.serving.bodies import CHAT, Task
+from realm_jax.serving.calling import CallStream
 from realm_jax.serving.request import GenerationOutput, TextDelta, TokenLogprob
 from realm_jax.tokenizer import Tokenizer
 
@@ -63,10 +64,13 @@ def _completion_choice(task: Task, output: GenerationOutput, tokenizer: Tokenize
 
 
 def _chat_choice(task: Task, output: GenerationOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+    said, reason = {"content": output.text}, str(output.finish_reason)
+    if task.calling is not None:
+        said, reason = task.calling.answer(output)
     choice: dict[str, Any] = {
-        "message": {"role": "assistant", "content": output.text},
+        "message": {"role": "assistant"} | said,
         "logprobs": None if output.logprobs is None else chat_logprobs(output.logprobs, tokenizer),
-        "finish_reason": str(output.finish_reason),
+        "finish_reason": reason,
     }
     if output.prompt_logprobs is not None:
         choice["prompt_logprobs"] = output.prompt_logprobs
@@ -79,16 +83,27 @@ def echoed(task: Task, prompt_ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 def chunk_choice(
-    task: Task, delta: TextDelta, tokenizer: Tokenizer, *, index: int, offset: int, is_first: bool
+    task: Task,
+    delta: TextDelta,
+    tokenizer: Tokenizer,
+    *,
+    index: int,
+    offset: int,
+    is_first: bool,
+    calls: CallStream | None = None,
 ) -> tuple[dict[str, Any], int]:
     """A piece of a choice, and where in the text of its tokens the next one begins.
 
-    is_first: whether it opens the choice, and says a message's role.
+    is_first: whether it opens the choice, and says a message's role. calls: what has read the delta, where
+    the answer may have calls.
     """
     reason = None if delta.output is None else str(delta.output.finish_reason)
     choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": reason}
     if task.url == CHAT:
-        choice["delta"] = ({"role": "assistant"} if is_first else {}) | {"content": delta.text}
+        said = {"content": delta.text} if calls is None else calls.said
+        choice["delta"] = ({"role": "assistant"} if is_first else {}) | said
+        if calls is not None and delta.output is not None:
+            choice["finish_reason"] = calls.reason(delta.output)
         if delta.logprobs is not None:
             choice["logprobs"] = chat_logprobs(delta.logprobs, tokenizer)
         return choice, offset

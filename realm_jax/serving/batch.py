@@ -91,7 +91,8 @@ class BatchJob:
             try:
                 if isinstance(line.task, RealmError):
                     raise line.task
-                requests.append((line.custom_id, line.task, self._request(line.custom_id, line.task)))
+                task = line.task.fitted(self._llm)
+                requests.append((line.custom_id, task, self._request(line.custom_id, task)))
             except RealmError as error:
                 yield _error(line.custom_id, error)
         requests.sort(key=lambda each: -len(each[2].prompt_ids))

@@ -1,15 +1,17 @@
 """OpenAI's request bodies: JSON objects to tasks. `answers` has the way back."""
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from realm_jax.errors import RequestError, UnsupportedError
 from realm_jax.llm import LLM
 from realm_jax.params import SamplingParams
+from realm_jax.serving.calling import Calling
 from realm_jax.serving.request import chosen_adapters
 from realm_jax.structured import read_structured_output
+from realm_jax.tools import Toolset, read_tools
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SAMPLING = (
@@ -26,6 +28,7 @@ SAMPLING = (
     "stop",
     "stop_token_ids",
     "ignore_eos",
+    "skip_special_tokens",
     "prompt_logprobs",
     "n",
 )
@@ -35,12 +38,10 @@ HARMLESS = {
     "stream": False,
     "suffix": None,
     "best_of": 1,
-    "tools": None,
-    "tool_choice": None,
     "service_tier": "auto",
 }
 OWN = {COMPLETIONS: ("prompt", "echo"), CHAT: ("messages", "max_completion_tokens", "top_logprobs")}
-OWN[CHAT] += ("chat_template_kwargs",)
+OWN[CHAT] += ("chat_template_kwargs", "tools", "tool_choice", "parallel_tool_calls")
 TEMPLATE_VARIABLES = {"enable_thinking": bool, "thinking": bool, "reasoning_effort": str, "date_string": str}
 """What a request may say to the chat template beside its messages; a text has up to 100 characters."""
 
@@ -62,6 +63,8 @@ class Task:
     lora: object = None  # as `chosen_adapters` takes it
     model: str | None = None
     template_variables: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    tools: Toolset | None = None
+    calling: Calling | None = None  # how the model calls them, once it is known which one answers
 
     def adapters(self, loaded: Container[str]) -> tuple[tuple[str, float], ...]:
         """Those that `lora` asks for, or else `model`, where it is the name of one that is loaded."""
@@ -71,8 +74,18 @@ class Task:
     def prompt_ids(self, llm: LLM) -> list[int]:
         """The tokens to continue. Raises RequestError for messages that the template refuses."""
         if self.messages is not None:
-            return llm.chat_prompt(self.messages, **self.template_variables)
+            return llm.chat_prompt(self.messages, tools=self.tools, **self.template_variables)
         return llm.prompt_ids(self.prompt or [])
+
+    def fitted(self, llm: LLM) -> "Task":
+        """The task as this model does it: with tools, the answer has the form of its family's calls.
+
+        Raises UnsupportedError for tools where the chat template ignores them.
+        """
+        if self.tools is None:
+            return self
+        calling = Calling.of(self.tools, llm)
+        return replace(self, params=calling.params(self.params), calling=calling)
 
 
 def read_task(line: Mapping[str, Any]) -> Task:
@@ -107,7 +120,12 @@ def read_body(url: object, body: Mapping[str, Any]) -> Task:
     model = body.get("model") if isinstance(body.get("model"), str) else None
     variables = template_variables(body.get("chat_template_kwargs"))
     params = _params(url == CHAT, body)
-    return Task(str(url), prompt, messages, params, echo, body.get("lora"), model, variables)
+    tools = read_tools(body) if url == CHAT else None
+    if tools is not None and params.structured_output is not None:
+        raise RequestError(
+            "response_format is given, and tools are; leave one out, or set tool_choice to none"
+        )
+    return Task(str(url), prompt, messages, params, echo, body.get("lora"), model, variables, tools)
 
 
 def template_variables(given: object) -> dict[str, Any]:

@@ -27,7 +27,9 @@ class Transcript:
         ends = () if params.ignore_eos else tokenizer.eog_ids
         self.stop_ids = frozenset((*ends, *params.stop_token_ids))
         has_form = params.structured_output is not None  # which a removed space might break
-        self._text = TextStream(tokenizer, stop=params.stop, continues=True, verbatim=has_form)
+        self._text = TextStream(
+            tokenizer, params.stop, params.skip_special_tokens, continues=True, verbatim=has_form
+        )
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self._prompt_logprobs: list[PromptLogprob | None] | None = None
         if params.prompt_logprobs is not None:

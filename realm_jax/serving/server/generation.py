@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from realm_jax.llm import LLM
 from realm_jax.serving import answers
-from realm_jax.serving.bodies import CHAT, COMPLETIONS
+from realm_jax.serving.bodies import CHAT, COMPLETIONS, Task
+from realm_jax.serving.calling import CallStream
 from realm_jax.serving.request import GenerationOutput, TextDelta
 from realm_jax.serving.server.connection import EventStream, while_connected
 from realm_jax.serving.server.errors import JSON, api_error
@@ -132,6 +133,7 @@ class Pieces:
         self._job, self._tokenizer = job, llm.tokenizer
         self._places = {request.id: i for i, request in enumerate(job.requests)}
         self._offsets: dict[int, int] = {}  # of choices that have begun
+        self._calls: dict[int, CallStream] = {}
         self.head = _head(job, "chat.completion.chunk" if job.url == CHAT else "text_completion")
         self.head |= {"usage": None} if job.include_usage else {}
 
@@ -142,11 +144,13 @@ class Pieces:
 
     def choice(self, delta: TextDelta) -> dict[str, Any] | None:
         """What the delta adds to its choice; None if that is nothing to be seen."""
-        if not delta.text and not delta.logprobs and delta.output is None:
-            return None
         place = self._places[delta.request_id]
         task, request = self._job.tasks[place], self._job.requests[place]
         index = place * self._job.samples + delta.sample_index
+        calls = self._calls_of(task, index, delta)
+        adds = bool(delta.text) if calls is None else calls.push(delta)
+        if not adds and not delta.logprobs and delta.output is None:
+            return None
         is_first = index not in self._offsets
         if is_first and task.echo:
             opening = answers.echoed(task, request.prompt_ids, self._tokenizer)
@@ -158,5 +162,12 @@ class Pieces:
             index=index,
             offset=self._offsets.get(index, 0),
             is_first=is_first,
+            calls=calls,
         )
         return choice
+
+    def _calls_of(self, task: Task, index: int, delta: TextDelta) -> CallStream | None:
+        """What reads this choice; None where it has no calls."""
+        if task.calling is not None and index not in self._calls:
+            self._calls[index] = task.calling.stream(delta.request_id, delta.sample_index)
+        return self._calls.get(index)

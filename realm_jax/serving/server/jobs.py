@@ -62,7 +62,7 @@ def job_of(url: str, value: Any, llm: LLM, names: ModelNames, limits: Limits, te
     adapters = visible(tenant, llm.engine.adapters.named)
     model = names.resolve(body.model, adapters, tenant)
     transport = {name: given.pop(name, None) for name in TRANSPORT}
-    tasks = _tasks(url, _opened(given, tenant), limits)
+    tasks = tuple(task.fitted(llm) for task in _tasks(url, _opened(given, tenant), limits))
     stream = bool(body.stream)
     _check_transport(body, tasks[0], stream)
     id = f"{'chatcmpl' if url == CHAT else 'cmpl'}-{secrets.token_hex(12)}"

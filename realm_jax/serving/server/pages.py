@@ -16,6 +16,7 @@ from realm_jax.serving.server.schemas import B, DetokenizeBody, TemplateBody, To
 from realm_jax.serving.server.service import Service, service_of
 from realm_jax.serving.server.tenancy import find_tenant, visible
 from realm_jax.serving.tenants import ANONYMOUS, Tenant
+from realm_jax.tools import read_tools
 
 
 async def models(request: Request) -> Response:
@@ -60,7 +61,8 @@ def _tokenize(body: TokenizeBody, llm: LLM) -> dict[str, Any]:
     if body.prompt is not None:
         ids = llm.tokenizer.encode(body.prompt, add_special=body.add_special_tokens, parse_special=True)
     else:
-        ids = llm.chat_prompt(body.messages, **template_variables(body.chat_template_kwargs))
+        tools = read_tools({"tools": body.tools})
+        ids = llm.chat_prompt(body.messages, tools=tools, **template_variables(body.chat_template_kwargs))
     found: dict[str, Any] = {"count": len(ids), "max_model_len": llm.model.context, "tokens": ids}
     if body.return_token_strs:
         found["token_strs"] = [llm.tokenizer.token_text(token) for token in ids]
@@ -95,7 +97,7 @@ async def apply_template(request: Request) -> Response:
 
 def _apply_template(body: TemplateBody, llm: LLM) -> dict[str, Any]:
     variables = template_variables(body.chat_template_kwargs)
-    return {"prompt": llm.model.require_template().render(body.messages, **variables)}
+    return {"prompt": llm.model.chat_text(body.messages, read_tools({"tools": body.tools}), **variables)}
 
 
 async def _answer(request: Request, kind: type[B], work: Any) -> Response:

@@ -26,6 +26,13 @@ Adapter = Annotated[
     Any,
     Field(description="Adapters by name: one, or a list of [name, scale]; `model` may name one, too."),
 ]
+Tools = Annotated[Any, WithJsonSchema(_OBJECTS | {"description": "Functions that the model may call."})]
+ToolChoice = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}], "description": "OpenAI's."}
+    ),
+]
 Refused = Annotated[Any, Field(description="Not served: leave it out.")]
 
 
@@ -59,6 +66,9 @@ class GenerationBody(Body):
     stop: Strings = None
     stop_token_ids: Annotated[Any, WithJsonSchema(TOKEN_IDS)] = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = Field(
+        None, description="Control tokens are no text; true if not given."
+    )
     n: int | None = None
     prompt_logprobs: int | None = Field(None, description="Best alternatives of each token of the prompt.")
     stream: bool | None = None
@@ -73,8 +83,6 @@ class GenerationBody(Body):
     store: bool | None = Field(None, description="Ignored: nothing is stored.")
     suffix: Refused = None
     best_of: Refused = None
-    tools: Refused = None
-    tool_choice: Refused = None
     response_format: Annotated[Any, Field(description="OpenAI's: text, json_object, json_schema.")] = None
     structured_outputs: Annotated[Any, Field(description="vLLM's: json, regex, choice, grammar.")] = None
     service_tier: Annotated[Any, Field(description='Only "auto".')] = None
@@ -95,6 +103,11 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
+    tools: Tools = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = Field(
+        None, description="Several calls in one answer; true if not given."
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="enable_thinking, thinking, reasoning_effort, date_string."
     )
@@ -118,6 +131,7 @@ class TokenizeBody(Body):
     prompt: str | None = None
     add_special_tokens: bool = True
     messages: Messages = None
+    tools: Tools = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
 
@@ -147,6 +161,7 @@ class TemplateBody(Body):
 
     model: str | None = None
     messages: Messages
+    tools: Tools = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
