@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import gc
 import hashlib
 import logging
 import os
@@ -56,6 +57,13 @@ def _keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(mmap_threshold, 32 << 20)  # the most that it allows
     libc.mallopt(trim_threshold, 1 << 30)
+
+
+def give_back_freed_memory() -> None:
+    """What nothing refers to any more is freed, and the pages of it are the system's again, on glibc."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def program_folder(cache: Path) -> Path | None:
