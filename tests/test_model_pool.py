@@ -29,7 +29,7 @@ from realm_jax.serving.tenants import EVERY, Tenant
 def nothing_to_give_back() -> Iterator[None]:
     """To collect garbage takes longer than all else here."""
     with pytest.MonkeyPatch.context() as quick:
-        quick.setattr(model_pool, "give_back_freed_memory", lambda: None)
+        quick.setattr(model_pool, "collect_garbage", lambda: None)
         yield
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import jax
+import psutil
 import pytest
 from running_server import (
     PATIENCE,
@@ -211,6 +212,20 @@ def test_an_idle_model_leaves_nothing_in_memory(given: SimpleNamespace) -> None:
             wait_for(lambda: Watched.seen is not None and Watched.seen() is None)
             wait_for(lambda: live_bytes() <= before)
             assert loads(server.address, "b") == n
+
+
+def test_memory_of_unloaded_models_is_the_systems_again(tmp_path: Path) -> None:
+    """As the kernel counts it: however often models come and go, the process does not grow."""
+    path = write_model(tmp_path / "large.gguf", layers=2, width=512, ffn=4096)
+    process, size = psutil.Process(), path.stat().st_size
+    with running_models([model("large", path)], idle_seconds=0.01) as server:
+        after: list[int] = []
+        for n in range(1, 5):
+            assert post(server.address, "/tokenize", {"prompt": "a"}).status_code == 200
+            assert loads(server.address, "large") == n
+            wait_for(lambda: not server.pool._turn.locked() and status(server.address)["large"] == "unloaded")
+            after.append(process.memory_info().rss)
+    assert after[-1] - after[0] < 0.5 * size, [each // 10**6 for each in after]
 
 
 def test_a_broken_model_harms_nothing_and_may_be_mended(given: SimpleNamespace, tmp_path: Path) -> None:

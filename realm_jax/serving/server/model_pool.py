@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from realm_jax.errors import CapacityError, RealmError
 from realm_jax.llm import LLM
-from realm_jax.runtime import give_back_freed_memory
+from realm_jax.runtime import collect_garbage, giving_memory_back
 from realm_jax.serving.server.engine_thread import EngineThread
 from realm_jax.serving.server.errors import Unavailable, no_such_model, not_loaded
 from realm_jax.serving.server.logs import event, failed
@@ -266,8 +266,9 @@ class ModelPool:
         self._forget_timer(model)
         model.llm = None
         self._observer.on_memory(model.name, is_loaded=False)
-        await self._engine.detach(model.name)
-        await self._off_loop(give_back_freed_memory)
+        with giving_memory_back():
+            await self._engine.detach(model.name)
+            await self._off_loop(collect_garbage)
         event("unloaded", model=model.name)
 
     async def _off_loop(self, function: Callable[..., T], *arguments: Any) -> T:
