@@ -271,6 +271,20 @@ class EngineConfig:
         return self.ctx_size
 
 
+def size_in_bytes(text: str, name: str) -> int:
+    """Bytes of a size such as 800M or 2.5G, in powers of ten; a bare number is bytes. name: for the error."""
+    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    number = text.strip().upper().removesuffix("B")
+    unit = units.get(number[-1:], 1)
+    try:
+        size = float(number[:-1] if unit > 1 else number) * unit
+        if 1 <= size < 1e18:
+            return int(size)
+    except ValueError:
+        pass
+    raise RequestError(f"{name} is {text[:60]!r}; give a size such as 800M or 2.5G")
+
+
 _MESH = re.compile("tp=[1-9][0-9]{0,2}")
 _LIMITS = {
     "ctx_size": 1 << 24,

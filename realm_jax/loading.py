@@ -105,7 +105,7 @@ def load_model(
         base = Base.of(file, model)
         adapters = tuple((lora.read(each, base), scale) for each, scale in fold)
         folded = FoldedFile(file, adapters)
-        spare = _check_budget(folded, model, config, context, numerics)
+        spare = _spare(folded, model, config, numerics)
         params = weights.load(
             folded,
             model,
@@ -135,15 +135,29 @@ def load_model(
     )
 
 
-def _check_budget(
-    file: FoldedFile, model: ModelConfig, config: EngineConfig, context: int, numerics: Numerics
-) -> int | None:
-    """Weights and the caches of all pools fit into `config.memory`; returns what they leave of it.
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a model comes to hold: its weights, and the caches of all pools once they are used.
 
     What a call computes with, and the sampler's counts, come on top.
     """
-    if config.memory is None:
-        return None
+
+    weights: int
+    caches: int
+    context: int
+
+    def left_of(self, memory: int) -> int:
+        """What so many bytes leave. Raises CapacityError where they are too few."""
+        if (left := memory - self.weights - self.caches) >= 0:
+            return left
+        raise CapacityError(
+            f"weights take {self.weights / 1e6:,.1f} MB and the caches up to {self.caches / 1e6:,.1f} MB; "
+            f"memory is {memory / 1e6:,.1f} MB (raise --memory, or lower --ctx-size, now {self.context:,})"
+        )
+
+
+def plan_memory(file: FoldedFile, model: ModelConfig, config: EngineConfig, numerics: Numerics) -> MemoryPlan:
+    """What the model would hold. Raises UnsupportedError where nobody can say."""
     if config.tensor_parallel > 1:
         raise UnsupportedError(
             f"--memory counts one device and mesh is {config.mesh!r}; set XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -152,14 +166,16 @@ def _check_budget(
         raise UnsupportedError(
             f"--memory is for --device cpu; on {runtime.backend()} set XLA_PYTHON_CLIENT_MEM_FRACTION"
         )
+    context = config.context_for(model)
     caches = Buckets.plan(context, config).cached_tokens * cached_bytes(model, numerics.kv_dtype)
-    planned = weights.planned_bytes(file, model, numerics)
-    if planned + caches > config.memory:
-        raise CapacityError(
-            f"weights take {planned / 1e6:,.1f} MB and the caches up to {caches / 1e6:,.1f} MB; memory is "
-            f"{config.memory / 1e6:,.1f} MB (raise --memory, or lower --ctx-size, now {context:,})"
-        )
-    return config.memory - planned - caches
+    return MemoryPlan(weights.planned_bytes(file, model, numerics), caches, context)
+
+
+def _spare(file: FoldedFile, model: ModelConfig, config: EngineConfig, numerics: Numerics) -> int | None:
+    """What weights and caches leave of `config.memory`; None where that is no limit."""
+    if config.memory is None:
+        return None
+    return plan_memory(file, model, config, numerics).left_of(config.memory)
 
 
 def _special_texts(tokenizer: Tokenizer) -> dict[str, str]:

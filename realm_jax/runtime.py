@@ -1,14 +1,16 @@
 """JAX as a run needs it: device, threads and compilation cache."""
 
+import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import logging
 import os
 import platform
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,10 +54,39 @@ def _keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_threshold, 32 << 20)  # the most that it allows
-    libc.mallopt(trim_threshold, 1 << 30)
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that it allows
+    _keep_up_to(1 << 30)
+
+
+@contextlib.contextmanager
+def giving_memory_back() -> Iterator[None]:
+    """What is freed while the context is open is the system's again, on glibc.
+
+    Threads have memory of their own there, of which a later trim would give back the smaller part.
+    """
+    keeps = jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc"
+    if keeps:
+        _keep_up_to(0)
+    try:
+        yield
+    finally:
+        if keeps:
+            _keep_up_to(1 << 30)
+
+
+def collect_garbage() -> None:
+    """What nothing refers to any more is freed."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def _keep_up_to(free: int) -> None:
+    """So many free bytes stay with each part of the process's memory."""
+    ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, free)
 
 
 def program_folder(cache: Path) -> Path | None:

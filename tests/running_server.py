@@ -4,24 +4,52 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
 from realm_jax import LLM, SamplingParams
+from realm_jax.serving.server.naming import ModelNames
+from realm_jax.serving.server.pooled_model import PooledModel
 from realm_jax.serving.server.process import RealmServer, Settings
 
 PATIENCE = 120.0  # seconds: other processes may have the machine
 
 
+class Loaded:
+    """A model that is in memory already: the server's loading of it takes no time."""
+
+    is_local = True
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    def needed_bytes(self, adapters: object, memory_limit: int) -> int:
+        """Nothing more."""
+        return 0
+
+    def load(self, adapters: object, memory_limit: int | None) -> LLM:
+        """The model."""
+        return self._llm
+
+
 @contextmanager
-def running(llm: LLM, **settings: Any) -> Iterator[RealmServer]:
-    """The server, ready; it has drained when the block ends, unless it did before."""
+def running(
+    llm: LLM, *, names: tuple[str, ...] = ("tiny", "alias"), **settings: Any
+) -> Iterator[RealmServer]:
+    """A server of the model, ready; it has drained when the block ends, unless it did before."""
+    with running_models([PooledModel(ModelNames(names), Loaded(llm), preload=True)], **settings) as server:
+        yield server
+
+
+@contextmanager
+def running_models(models: Sequence[PooledModel], **settings: Any) -> Iterator[RealmServer]:
+    """A server of several."""
     ready = threading.Event()
-    asked = Settings(**{"names": ("tiny", "alias"), "port": 0} | settings)
-    server = RealmServer(asked, lambda: llm, lambda _: ready.set())
+    asked: dict[str, Any] = {"port": 0} | settings
+    server = RealmServer(Settings(**asked), models, lambda _: ready.set())
     thread = threading.Thread(target=server.run_to_end)
     thread.start()
     try:

@@ -52,11 +52,22 @@ FLOORS = {
             "drafting",
         )
     },
-    4: {f"serving.{name}" for name in ("engine", "in_flight", "registry", "runner", "packing", "stopwatch")},
+    4: {"memory"}
+    | {f"serving.{name}" for name in ("engine", "in_flight", "registry", "runner", "packing", "stopwatch")},
     5: {"llm", "speculation", "perplexity", "research", "training", "evaluation", "benchmark"}
     | {
         f"serving.{name}"
-        for name in ("server", "serve_config", "batch", "bodies", "calling", "answers", "keys", "metrics")
+        for name in (
+            "server",
+            "serve_config",
+            "model_entries",
+            "batch",
+            "bodies",
+            "calling",
+            "answers",
+            "keys",
+            "metrics",
+        )
     },
     6: {"cli", "__main__"},
 }
@@ -118,13 +129,17 @@ WITHIN_A_FLOOR = {
     ("buckets", "config"),
     ("cache", "kernels"),
     ("serving.transcript", "serving.request"),
+    ("serving.serve_config", "serving.model_entries"),
     ("serving.batch", "llm"),
     ("serving.batch", "serving.bodies"),
     ("serving.batch", "serving.answers"),
     ("serving.answers", "serving.bodies"),
     *((f"serving.{above}", "serving.calling") for above in ("bodies", "answers", "server")),
     ("serving.calling", "llm"),
-    *(("serving.server", unit) for unit in ("llm", "serving.bodies", "serving.answers")),
+    *(
+        ("serving.server", unit)
+        for unit in ("llm", "serving.bodies", "serving.answers", "serving.model_entries")
+    ),
     ("serving.bodies", "llm"),
     ("evaluation", "llm"),
     ("benchmark", "llm"),

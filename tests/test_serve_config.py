@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from realm_jax.errors import RequestError
-from realm_jax.serving.serve_config import MAX_BYTES, read_serve_config
+from realm_jax.serving.model_entries import OWN
+from realm_jax.serving.serve_config import KNOWN, MAX_BYTES, read_serve_config
 from realm_jax.serving.tenants import Tenant
 
 
@@ -23,6 +24,11 @@ def test_the_example_is_read_and_shows_every_field():
     with resources.as_file(resources.files("realm_jax") / "configs" / "serve.toml") as path:
         config = read_serve_config(path)
         text = path.read_text()
+    assert [entry.names for entry in config.models] == [("big", "gpt-4o-mini"), ("small",)]
+    assert config.models[0].options == {"ctx_size": 8192, "max_num_seqs": 16} and config.models[0].preload
+    assert config.models[0].adapters == {"poet": path.parent / "poet.gguf", "clerk": path.parent / "clerk"}
+    assert config.memory == 24 * 10**9 and config.idle_unload == 600
+    assert [name for name in (*OWN, *KNOWN) if name not in text] == []
     assert list(config.tenants) == ["team-a", "visitors", "operators"] and config.keys is None
     fields = [field.name for field in dataclasses.fields(Tenant) if field.name != "name"]
     assert [name for name in fields if f"\n{name} = " not in text] == []
@@ -59,7 +65,10 @@ def test_defaults_hold_where_a_tenant_says_nothing_else(tmp_path: Path):
         ("[tenants]\na = 1", "tenants.a must be a table"),
         ("tenants = 1", "tenants must be a table"),
         ("defaults = []", "defaults must be a table"),
-        ("port = 80\n[tenants.a]", "unknown field 'port'; known: keys, defaults, tenants"),
+        (
+            "port = 80\n[tenants.a]",
+            "unknown field 'port'; known: keys, memory, idle_unload, models, defaults, tenants",
+        ),
         ("keys = 5\n[tenants.a]", "keys is '5'; give the path of a file"),
         ("[tenants.a]\n[tenants.a]", "Cannot declare"),
         ("x = " + "[" * 5000, "nests too deep"),
@@ -68,6 +77,25 @@ def test_defaults_hold_where_a_tenant_says_nothing_else(tmp_path: Path):
         ("[tenants.a]\nmax_tokens = " + "9" * 9999, "integer string conversion"),
         ("[tenants.a]\nmax_tokens = 0x" + "f" * 9999, "max_tokens is a number of thousands of digits; give"),
         ("#" * (MAX_BYTES + 1), "has more than 1,048,576 bytes"),
+        ("models = 1", "models must be tables: [[models]]"),
+        ("[[models]]\nname = 'a'", "models[0]: model is missing; give a path"),
+        ("[[models]]\nmodel = 5", "models[0]: model is 5; give a path, a known name or hf:..."),
+        (
+            "[[models]]\nmodel = 'a.gguf'\nctx_sise = 1",
+            "models[0]: unknown field 'ctx_sise'; known: name, alia",
+        ),
+        ("[[models]]\nmodel = 'a.gguf'\nthreads = 1", "models[0]: unknown field 'threads'"),
+        ("[[models]]\nmodel = 'a.gguf'\nctx_size = 0", "models[0]: ctx_size is 0; it must be a whole number"),
+        ("[[models]]\nmodel = 'a.gguf'\npreload = 1", "models[0]: preload is 1; give true or false"),
+        ("[[models]]\nmodel = 'a.gguf'\nname = 'a b'", "name is 'a b'; a name has 1 to 256 characters"),
+        ("[[models]]\nmodel = 'a.gguf'\naliases = ['a']", "'a' names two models or adapters"),
+        ("[[models]]\nmodel = 'b'\nadapters = {b = 'x'}", "'b' names two models or adapters"),
+        ("[[models]]\nmodel = 'b'\nadapters = {c = 1}", "models[0]: adapters.c is 1; give a path"),
+        ("[[models]]\nmodel = 'b'\nadapters = 1", "models[0]: adapters must be a table"),
+        ("[[models]]\nmodel = 'b'\n" * 65, "models has 65; the most is 64"),
+        ("memory = '1X'\n[[models]]\nmodel = 'b'", "memory is '1X'; give a size such as 800M"),
+        ("memory = 0\n[[models]]\nmodel = 'b'", "memory is 0; give a size such as 800M"),
+        ("idle_unload = 0\n[[models]]\nmodel = 'b'", "idle_unload is 0; give seconds, more than 0"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_the_field(tmp_path: Path, text: str, message: str):
@@ -76,6 +104,17 @@ def test_a_bad_file_is_one_line_that_names_the_field(tmp_path: Path, text: str, 
         read_serve_config(path)
     said = str(caught.value)
     assert said.startswith(str(path)) and message in said and len(said) < len(str(path)) + 400
+
+
+def test_models_need_no_tenants_and_their_paths_are_the_files(tmp_path: Path):
+    text = (
+        "[[models]]\nmodel = 'x/a.gguf'\n[[models]]\nmodel = 'hf:o/r/b.gguf'\n[[models]]\nmodel = 'known'\n"
+    )
+    config = read_serve_config(written(tmp_path, text + "draft_model = '/d.gguf'\n"))
+    assert not config.tenants and (config.memory, config.idle_unload) == (None, None)
+    assert [entry.names for entry in config.models] == [("a",), ("hf:o/r/b.gguf",), ("known",)]
+    assert [entry.model for entry in config.models] == [tmp_path / "x/a.gguf", "hf:o/r/b.gguf", "known"]
+    assert config.models[2].draft_model == Path("/d.gguf")
 
 
 def test_a_file_that_is_not_there_or_no_text_is_named(tmp_path: Path):

@@ -169,7 +169,7 @@ def test_prompts_of_every_form_and_echo(server: RealmServer, llm: LLM, client: O
     assert echo.choices[0].text == "a b c" + plain.choices[0].text
     logprobs = echo.choices[0].logprobs
     asked = SamplingParams(max_tokens=3, temperature=0, prompt_logprobs=1, logprobs=1)
-    (score,) = asyncio.run(server.engine.call(lambda llm: llm.generate([ids], asked)))
+    (score,) = asyncio.run(server.engine.call("tiny", lambda llm: llm.generate([ids], asked)))
     assert logprobs is not None and logprobs.token_logprobs is not None
     known = [None if each is None else each["logprob"] for each in score.prompt_logprobs or ()]
     assert logprobs.token_logprobs == known + [each["logprob"] for each in score.logprobs or ()]

@@ -8,6 +8,7 @@ import typer
 
 from realm_jax.cli.adapters import scaled
 from realm_jax.cli.flags import flag
+from realm_jax.config import size_in_bytes
 from realm_jax.errors import RequestError
 
 FROM_FILE = "{} or the file's"
@@ -183,13 +184,4 @@ def memory_bytes(text: str | None) -> int | None:
     """Bytes of a size such as 800M or 2.5G, in powers of ten; a bare number is bytes."""
     if text is None:
         return None
-    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    number = text.strip().upper().removesuffix("B")
-    unit = units.get(number[-1:], 1)
-    try:
-        size = float(number[:-1] if unit > 1 else number) * unit
-        if 1 <= size < 1e18:
-            return int(size)
-    except ValueError:
-        pass
-    raise RequestError(f"--memory is {text!r}; give a size such as 800M or 2.5G")
+    return size_in_bytes(text, "--memory")

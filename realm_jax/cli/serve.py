@@ -1,4 +1,4 @@
-"""`realm serve`: the model over HTTP, as OpenAI's API."""
+"""`realm serve`: models over HTTP, as OpenAI's API."""
 
 import os
 import sys
@@ -12,9 +12,8 @@ from realm_jax.cli.flags import command
 from realm_jax.errors import RequestError, UnsupportedError
 
 if TYPE_CHECKING:
-    from realm_jax.llm import LLM
+    from realm_jax.serving.serve_config import ServeConfig
     from realm_jax.serving.server.tenancy import Tenancy
-
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(serve_keys.app, name="keys")
@@ -25,6 +24,14 @@ app.add_typer(serve_keys.app, name="keys")
 def serve(
     *,
     context: typer.Context,
+    add_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--add-model",
+            help="Serve this model, too, loaded when it is first asked for; repeatable.",
+            metavar="NAME=REF",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Where to listen.", metavar="HOST")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", help="0 = any that is free.", metavar="N", min=0, max=65535)
@@ -33,16 +40,27 @@ def serve(
         list[str] | None,
         typer.Option(
             "--served-model-name",
-            help="What requests call the model; repeatable, the first is shown.  [default: the model's name]",
+            help="What requests call the model of -m; repeatable, the first is shown.  [default: its name]",
             metavar="NAME",
         ),
     ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen where others can reach it, without keys.")
     ] = False,
-    tenants: Annotated[
+    serve_config: Annotated[
         Path | None,
-        typer.Option("--tenants", help="A TOML file of tenants and their limits.", metavar="FILE"),
+        typer.Option(
+            "--serve-config",
+            "--tenants",
+            help="A TOML file of models, and of tenants and their limits.",
+            metavar="FILE",
+        ),
+    ] = None,
+    idle_unload: Annotated[
+        float | None,
+        typer.Option(
+            "--idle-unload", help="Unload a model that nobody used for so many seconds.", metavar="X", min=1
+        ),
     ] = None,
     keys_file: serve_keys.Keys = None,
     lora_dir: Annotated[
@@ -62,7 +80,9 @@ def serve(
     ] = False,
     warmup: Annotated[
         bool,
-        typer.Option("--warmup", help="Compile everything first, so that no request waits for that."),
+        typer.Option(
+            "--warmup", help="Compile everything while a model loads, so that no request waits for that."
+        ),
     ] = False,
     max_num_seqs: options.MaxNumSeqs = 16,
     max_queue: Annotated[
@@ -72,14 +92,18 @@ def serve(
     max_lora_rank: options.MaxLoraRank = None,
     engine: options.EngineFlags,
 ) -> None:
-    """Serve the model over HTTP: /v1/chat/completions, /v1/completions, /v1/models and others.
+    """Serve models over HTTP: /v1/chat/completions, /v1/completions, /v1/models and others.
 
     The address is printed when requests are served; the log is JSON on stderr. Ctrl-C lets running requests
     end; a second one does not. Adapters of --lora NAME=PATH are chosen by `model`.
 
+    Several models (--add-model, or [[models]] in the file) are loaded when they are first asked for; those
+    used longest ago leave where --memory needs it.
+
     As soon as a key was made (realm serve keys create --tenant NAME), everything but /health needs one.
 
     Example: realm serve -m model.gguf --port 8000
+    Example: realm serve -m small.gguf --add-model big=big.gguf --memory 8G
     """
     if context.invoked_subcommand is not None:
         return
@@ -89,67 +113,53 @@ def serve(
     except ModuleNotFoundError as error:
         raise UnsupportedError(f"realm serve needs {error.name}: pip install 'realm-jax[server]'") from error
 
-    names = tuple(served_model_name or [_name_of(engine.model)])
-    settings = Settings(
-        names,
-        host,
-        port,
-        insecure,
-        drain_timeout,
-        log_prompts,
-        tenancy=_tenancy(tenants, keys_file),
-        adapter_folder=_folder(lora_dir),
-    )
-    start_logging()
+    from realm_jax.cli.serve_models import served_models
+
+    file = _read(serve_config)
     config: dict[str, Any] = {
         "max_num_seqs": max_num_seqs,
         "max_queue": max_queue,
         "max_loras": max_loras,
         "max_lora_rank": max_lora_rank,
     }
+    models = served_models(engine, config, add_model or (), file.models, served_model_name, warmup=warmup)
+    settings = Settings(
+        host,
+        port,
+        insecure,
+        drain_timeout,
+        log_prompts,
+        tenancy=_tenancy(file, keys_file),
+        adapter_folder=_folder(lora_dir),
+        memory=options.memory_bytes(engine.memory) or file.memory,
+        idle_seconds=idle_unload or file.idle_unload,
+    )
+    start_logging()
 
     def ready(address: str) -> None:
         print(address, flush=True)
 
-    server = RealmServer(settings, lambda: _load(engine, names, config, warmup), ready)
+    server = RealmServer(settings, models, ready)
     if not server.run_to_end():  # it was still loading, which nothing can interrupt
         sys.stderr.flush()
         os._exit(0)
 
 
-def _tenancy(tenants: Path | None, keys: Path | None) -> "Tenancy":
+def _read(path: Path | None) -> "ServeConfig":
+    from realm_jax.serving.serve_config import ServeConfig, read_serve_config
+
+    return ServeConfig({}) if path is None else read_serve_config(path)
+
+
+def _tenancy(config: "ServeConfig", keys: Path | None) -> "Tenancy":
     """Who may ask. The file of keys is made if it is missing, so that keys made later count at once."""
     from realm_jax.serving.keys import KeyStore
-    from realm_jax.serving.serve_config import read_serve_config
     from realm_jax.serving.server.tenancy import Tenancy
 
-    config = None if tenants is None else read_serve_config(tenants)
-    named = keys or (None if config is None else config.keys)
-    return Tenancy(KeyStore(named or serve_keys.default_keys()), None if config is None else config.tenants)
+    return Tenancy(KeyStore(keys or config.keys or serve_keys.default_keys()), config.tenants)
 
 
 def _folder(path: Path | None) -> Path | None:
     if path is not None and not path.is_dir():
         raise RequestError(f"--lora-dir is {path}, which is no folder")
     return path
-
-
-def _load(engine: options.EngineFlags, names: tuple[str, ...], config: dict[str, Any], warmup: bool) -> "LLM":
-    """The model, ready to serve; on the engine's thread."""
-    from realm_jax.cli.session import open_model
-    from realm_jax.serving.server.logs import LoggedProgress, event
-
-    llm = open_model(engine, LoggedProgress(), names_adapters=True, **config)
-    if taken := sorted(set(names) & llm.engine.adapters.named.keys()):
-        raise RequestError(f"--lora {taken[0]}=...: the model has this name; choose another")
-    if warmup:
-        event("warmed up", programs=llm.engine.warmup())
-    return llm
-
-
-def _name_of(reference: str | None) -> str:
-    """What a model is called: a file without its folders and ending, a reference as it is."""
-    from realm_jax.hub.references import DEFAULT_MODEL
-
-    path = Path(reference or DEFAULT_MODEL)
-    return path.stem if path.suffix == ".gguf" and ":" not in str(path) else str(path)

@@ -57,14 +57,16 @@ class Tenant:
         for name in LIMITS:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= MAX_LIMIT):
-                raise RequestError(f"{name} is {_short(value)}; give a whole number from 1 to {MAX_LIMIT:,}")
+                raise RequestError(
+                    f"{name} is {shortened(value)}; give a whole number from 1 to {MAX_LIMIT:,}"
+                )
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
-            raise RequestError(f"weight is {_short(self.weight)}; give a number from 0.001 to 1000")
+            raise RequestError(f"weight is {shortened(self.weight)}; give a number from 0.001 to 1000")
         if not 0.001 <= self.weight <= 1000:
-            raise RequestError(f"weight is {_short(self.weight)}; give a number from 0.001 to 1000")
+            raise RequestError(f"weight is {shortened(self.weight)}; give a number from 0.001 to 1000")
         object.__setattr__(self, "weight", float(self.weight))
         if not isinstance(self.is_admin, bool):
-            raise RequestError(f"is_admin is {_short(self.is_admin)}; give true or false")
+            raise RequestError(f"is_admin is {shortened(self.is_admin)}; give true or false")
         _check_text("system_prompt", self.system_prompt, MAX_PROMPT)
         _check_text("default_adapter", self.default_adapter, 256)
         if self.default_adapter is not None and not self._may_use("adapters", self.default_adapter):
@@ -77,7 +79,7 @@ class Tenant:
         """The tenant with these fields; an unknown name is an error that lists the known ones."""
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(options) - set(known)):
-            given = ", ".join(_short(name) for name in unknown[:5])
+            given = ", ".join(shortened(name) for name in unknown[:5])
             raise RequestError(f"unknown field {given}; known: {', '.join(known)}")
         return cls(**options)  # pyright: ignore[reportArgumentType]: checked in __post_init__
 
@@ -85,7 +87,7 @@ class Tenant:
         """Raises AccessError if the tenant may not use the model."""
         if not self._may_use("models", model):
             raise AccessError(
-                f"tenant {self.name} may not use model {_short(model)}; it may use {self._list('models')}"
+                f"tenant {self.name} may not use model {shortened(model)}; it may use {self._list('models')}"
             )
 
     def chosen_adapters(self, asked: tuple[tuple[str, float], ...] | None) -> tuple[tuple[str, float], ...]:
@@ -98,7 +100,7 @@ class Tenant:
         for name, _ in asked:
             if not self._may_use("adapters", name):
                 raise AccessError(
-                    f"tenant {self.name} may not use adapter {_short(name)}; "
+                    f"tenant {self.name} may not use adapter {shortened(name)}; "
                     f"it may use {self._list('adapters')}"
                 )
         return asked
@@ -145,7 +147,7 @@ def check_name(name: object) -> None:
     """Raises RequestError unless this can name a tenant: 1 to 64 letters, digits, dots, dashes."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RequestError(
-            f"name is {_short(name)}; a tenant's has 1 to 64 letters, digits, dots, dashes or underscores"
+            f"name is {shortened(name)}; a tenant's has 1 to 64 letters, digits, dots, dashes or underscores"
         )
 
 
@@ -268,11 +270,11 @@ class Limiter:
 def _names(field_name: str, value: object) -> tuple[str, ...]:
     """The list of names as a tuple. Raises RequestError for anything else."""
     if not isinstance(value, tuple | list) or len(value) > MAX_NAMES:
-        raise RequestError(f"{field_name} is {_short(value)}; give a list of at most {MAX_NAMES} names")
+        raise RequestError(f"{field_name} is {shortened(value)}; give a list of at most {MAX_NAMES} names")
     for name in value:
         if not isinstance(name, str) or not _LISTED.fullmatch(name):
             raise RequestError(
-                f"{field_name} has {_short(name)}; a name has 1 to 256 characters and no spaces"
+                f"{field_name} has {shortened(name)}; a name has 1 to 256 characters and no spaces"
             )
     return tuple(value)
 
@@ -280,10 +282,10 @@ def _names(field_name: str, value: object) -> tuple[str, ...]:
 def _check_text(field_name: str, value: object, most: int) -> None:
     if value is None or (isinstance(value, str) and len(value) <= most):
         return
-    raise RequestError(f"{field_name} is {_short(value)}; give a text of at most {most:,} characters")
+    raise RequestError(f"{field_name} is {shortened(value)}; give a text of at most {most:,} characters")
 
 
-def _short(value: object) -> str:
+def shortened(value: object) -> str:
     """The value as a message shows it: of a long one the beginning."""
     try:
         text = repr(value)

@@ -13,49 +13,53 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from realm_jax.errors import RequestError
-from realm_jax.llm import LLM
 from realm_jax.params import SamplingParams
 from realm_jax.serving.bodies import checked_prompt
 from realm_jax.serving.request import GenerationOutput, Request, chosen_adapters
 from realm_jax.serving.server.connection import while_connected
 from realm_jax.serving.server.errors import JSON
-from realm_jax.serving.server.jobs import prompts_of
-from realm_jax.serving.server.reading import parsed, read_body
+from realm_jax.serving.server.jobs import named_in, prompts_of
+from realm_jax.serving.server.limits import Limits
+from realm_jax.serving.server.pooled_model import OpenModel
 from realm_jax.serving.server.schemas import EmbeddingBody, checked
-from realm_jax.serving.server.service import Service, note, service_of
+from realm_jax.serving.server.service import note, service_of
 from realm_jax.serving.server.tenancy import find_tenant, visible
-from realm_jax.serving.tenants import Tenant
 
 
 async def embeddings(request: HTTPRequest) -> Response:
     """Vectors of texts."""
     service, tenant = service_of(request), find_tenant(request)
-    llm = service.require_llm()
-    raw = await read_body(request, service.limits)
-    body, model, requests = await service.off_loop(_read, raw, llm, service, tenant)
-    note(request, model=model, prompt_tokens=sum(len(r.prompt_ids) for r in requests))
+    value = await service.read(request)
+    async with service.using(named_in(value), tenant, request.receive) as model:
+        return await _answer(request, value, model)
+
+
+async def _answer(request: HTTPRequest, value: Any, model: OpenModel) -> Response:
+    service = service_of(request)
+    body, name, requests = await service.off_loop(_read, value, model, service.limits)
+    note(request, model=name, prompt_tokens=sum(len(r.prompt_ids) for r in requests))
 
     async def answer() -> dict[str, Any]:
-        ticket = await service.submit(requests, tenant)
+        ticket = await service.submit(model, requests)
         try:
             outputs = await ticket.outputs()
         finally:
             ticket.close()
-        return await service.off_loop(_body, body, model, outputs)
+        return await service.off_loop(_body, body, name, outputs)
 
     return JSON(await while_connected(request.receive, answer()))
 
 
-def _read(raw: bytes, llm: LLM, service: Service, tenant: Tenant) -> tuple[EmbeddingBody, str, list[Request]]:
+def _read(value: Any, model: OpenModel, limits: Limits) -> tuple[EmbeddingBody, str, list[Request]]:
     """The body, the name of what answers it, and a request for each text."""
-    body = checked(EmbeddingBody, parsed(raw, service.limits))
+    body, llm, tenant = checked(EmbeddingBody, value), model.llm, model.tenant
     adapters = visible(tenant, llm.engine.adapters.named)
-    model = service.names.resolve(body.model, adapters, tenant)
+    name = model.names.resolve(body.model, adapters, tenant)
     if body.dimensions not in (None, llm.model.config.hidden_size):
         raise RequestError(f"dimensions is not {llm.model.config.hidden_size}, which this model has")
-    chosen = tenant.chosen_adapters(chosen_adapters(model if model in adapters else None) or None)
+    chosen = tenant.chosen_adapters(chosen_adapters(name if name in adapters else None) or None)
     id = f"embd-{secrets.token_hex(12)}"
-    texts = prompts_of(body.input, "input", service.limits)
+    texts = prompts_of(body.input, "input", limits)
     params = SamplingParams(max_tokens=0)
     requests = [
         Request(
@@ -70,7 +74,7 @@ def _read(raw: bytes, llm: LLM, service: Service, tenant: Tenant) -> tuple[Embed
         )
         for i, text in enumerate(texts)
     ]
-    return body, model, requests
+    return body, name, requests
 
 
 def _body(body: EmbeddingBody, model: str, outputs: list[GenerationOutput]) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""The engine on a thread of its own: it alone loads the model and steps it; the event loop never waits.
+"""All engines on one thread of their own: it alone steps them; the event loop never waits.
 
-Commands go to the thread through a queue and are read between steps. What a step makes goes into the tickets
-of its requests: the engine waits for no reader, and what nobody has taken yet is bounded by what its request
-may generate.
+Engines that have work take turns, one step each. Commands go to the thread through a queue and are read
+between steps. What a step makes goes into the tickets of its requests: the engine waits for no reader, and
+what nobody has taken yet is bounded by what its request may generate.
 """
 
 import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 
 class Observer(Protocol):
-    """Who hears what the engine does, on the engine's thread."""
+    """Who hears what the engines do, on their thread. model: the name that is shown."""
 
-    def on_delta(self, delta: TextDelta, tenant: str, adapter: str) -> None: ...
-    def on_load(self, running: int, waiting: int) -> None: ...
+    def on_delta(self, delta: TextDelta, model: str, tenant: str, adapter: str) -> None: ...
+    def on_load(self, model: str, running: int, waiting: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Abort:
 
 @dataclass(frozen=True)
 class _Call:
-    function: Callable[[LLM], Any]
+    function: Callable[[], Any]
     result: "asyncio.Future[Any]"
     loop: asyncio.AbstractEventLoop
 
@@ -61,43 +61,18 @@ _Command = _Add | _Abort | _Call | _AbortAll | _Stop
 
 
 class EngineThread:
-    """Owns the engine's loop. All methods may be called from any thread; `submit` and `call` from a loop.
+    """Owns the loop of all engines. All methods may be called from any thread, coroutines from a loop."""
 
-    failure: why the model could not be loaded.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[], LLM],
-        observer: Observer,
-        *,
-        on_ready: Callable[[], None] = lambda: None,
-        on_failure: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._load, self._observer = load, observer
-        self._on_ready, self._on_failure = on_ready, on_failure
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._llms: dict[str, LLM] = {}  # by the model's name, whose turn is next first; the thread's own
         self._tickets: dict[str, Ticket] = {}  # by request; the thread's own
-        self._llm: LLM | None = None
         self._is_stopping = False
-        self.failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    @property
-    def is_ready(self) -> bool:
-        return self._llm is not None and not self._is_stopping
-
-    @property
-    def llm(self) -> LLM:
-        """The model, for what only reads it. Raises Unavailable while it loads, and when the server ends."""
-        if self._llm is None:
-            raise Unavailable("the model is still being loaded; try again later")
-        if self._is_stopping:
-            raise Unavailable("the server is shutting down; try another one")
-        return self._llm
-
     def start(self) -> None:
-        """The model loads."""
+        """Commands are obeyed."""
         self._thread.start()
 
     def stop(self, seconds: float = 10.0) -> bool:
@@ -109,13 +84,21 @@ class EngineThread:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    async def submit(self, requests: Sequence[Request]) -> Ticket:
+    async def attach(self, model: str, llm: LLM) -> None:
+        """The model's requests are served."""
+        await self._do(lambda: self._llms.update({model: llm}))
+
+    async def detach(self, model: str) -> None:
+        """The thread knows nothing of the model any more; what of its requests still ran has ended."""
+        await self._do(lambda: self._detach(model))
+
+    async def submit(self, model: str, requests: Sequence[Request]) -> Ticket:
         """All of these run, or none does; their deltas come from the ticket, which must be closed.
 
         Raises RequestError for one that cannot be served, CapacityError if too many wait.
         """
-        _ = self.llm
-        ticket = Ticket(requests, self._abort)
+        self._check_running()
+        ticket = Ticket(model, requests, self._abort)
         self._inbox.put(_Add(requests, ticket))
         try:
             await ticket.accepted
@@ -124,23 +107,20 @@ class EngineThread:
             raise
         return ticket
 
-    async def stream(self, request: Request) -> AsyncIterator[TextDelta]:
-        """What a request says, as it comes; leaving early aborts it."""
-        ticket = await self.submit([request])
-        try:
-            while not ticket.is_done:
-                for delta in await ticket.take():
-                    yield delta
-        finally:
-            ticket.close()
-
-    async def call(self, function: Callable[[LLM], T]) -> T:
+    async def call(self, model: str, function: Callable[[LLM], T]) -> T:
         """What the function returns, called on the engine's thread between steps."""
-        _ = self.llm
+        return await self._do(lambda: function(self._llms[model]))
+
+    async def _do(self, function: Callable[[], T]) -> T:
+        self._check_running()
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Any] = loop.create_future()
         self._inbox.put(_Call(function, result, loop))
         return await result
+
+    def _check_running(self) -> None:
+        if self._is_stopping:
+            raise Unavailable("the server is shutting down; try another one")
 
     def abort_all(self) -> None:
         """Every request ends with what it has said."""
@@ -150,25 +130,13 @@ class EngineThread:
         self._inbox.put(_Abort(ticket))
 
     def _run(self) -> None:
-        try:
-            llm = self._load()
-        except Exception as error:  # raised again by who started the thread
-            self.failure = error
-            self._on_failure()
-            return
-        self._llm = llm
-        if not self._is_stopping:
-            self._on_ready()
-        while self._obey(llm):
-            if llm.engine.has_work:
-                self._step(llm)
-            scheduler = llm.engine.scheduler
-            self._observer.on_load(sum(1 for _ in scheduler.slots.taken()), scheduler.num_waiting)
+        while self._obey():
+            self._take_turn()
         self._end_all()
 
-    def _obey(self, llm: LLM) -> bool:
+    def _obey(self) -> bool:
         """All commands that came are carried out, and at least one if there is no work; False to stop."""
-        must_wait = not llm.engine.has_work
+        must_wait = not any(llm.engine.has_work for llm in self._llms.values())
         while True:
             try:
                 command = self._inbox.get(block=must_wait)
@@ -177,19 +145,36 @@ class EngineThread:
             must_wait = False
             match command:
                 case _Add(requests, ticket):
-                    self._add(llm, requests, ticket)
+                    self._add(requests, ticket)
                 case _Abort(ticket):
-                    self._end(llm, ticket)
+                    self._end(ticket)
                 case _AbortAll():
                     for ticket in {id(t): t for t in self._tickets.values()}.values():
-                        self._end(llm, ticket)
+                        self._end(ticket)
                 case _Call():
-                    self._answer(llm, command)
+                    self._answer(command)
                 case _Stop():
                     return False
 
-    def _add(self, llm: LLM, requests: Sequence[Request], ticket: Ticket) -> None:
+    def _take_turn(self) -> None:
+        """The engine whose turn it is, of those that have work, is one step further; the next is next."""
+        busy = (model for model, llm in self._llms.items() if llm.engine.has_work)
+        if (model := next(busy, None)) is not None:
+            self._step(model)
+            self._llms[model] = self._llms.pop(model)
+        for name, llm in self._llms.items():
+            scheduler = llm.engine.scheduler
+            self._observer.on_load(name, sum(1 for _ in scheduler.slots.taken()), scheduler.num_waiting)
+
+    def _detach(self, model: str) -> None:
+        for ticket in {id(t): t for t in self._tickets.values() if t.model == model}.values():
+            self._end(ticket)
+        if self._llms.pop(model, None) is not None:
+            self._observer.on_load(model, 0, 0)
+
+    def _add(self, requests: Sequence[Request], ticket: Ticket) -> None:
         added: list[Request] = []
+        llm = self._llms[ticket.model]  # it has users, and so is not unloaded
         try:
             for request in requests:
                 llm.engine.add_request(request)
@@ -204,19 +189,19 @@ class EngineThread:
         self._tickets |= {request.id: ticket for request in requests}
         ticket.accept()
 
-    def _end(self, llm: LLM, ticket: Ticket) -> None:
+    def _end(self, ticket: Ticket) -> None:
         """The ticket's requests have ended, and it has their ends."""
-        deltas = [delta for id in ticket.request_ids for delta in llm.engine.abort(id)]
-        self._deliver(deltas)
+        if (llm := self._llms.get(ticket.model)) is not None:
+            self._deliver([delta for id in ticket.request_ids for delta in llm.engine.abort(id)])
         for request_id in ticket.request_ids:
             self._tickets.pop(request_id, None)
 
-    def _step(self, llm: LLM) -> None:
+    def _step(self, model: str) -> None:
         try:
-            deltas = llm.engine.step()
+            deltas = self._llms[model].engine.step()
         except Exception as error:  # the engine has ended all sequences, and goes on with later ones
             log.exception("a step failed; its requests are lost")
-            self._fail_all(error)
+            self._fail({id: ticket for id, ticket in self._tickets.items() if ticket.model == model}, error)
             return
         self._deliver(deltas)
 
@@ -226,7 +211,7 @@ class EngineThread:
         for delta in deltas:
             ticket = self._tickets.get(delta.request_id)
             if ticket is not None:
-                self._observer.on_delta(delta, ticket.tenant, ticket.adapter)
+                self._observer.on_delta(delta, ticket.model, ticket.tenant, ticket.adapter)
                 touched[id(ticket)] = ticket
                 if ticket.put(delta):
                     del self._tickets[delta.request_id]
@@ -240,7 +225,7 @@ class EngineThread:
     def _end_all(self) -> None:
         """Nobody waits for this thread any more."""
         error = Unavailable("the server is shutting down; try another one")
-        self._fail_all(error)
+        self._fail(self._tickets, error)
         while not self._inbox.empty():
             match self._inbox.get():
                 case _Add(_, ticket):
@@ -249,14 +234,14 @@ class EngineThread:
                     with suppress(RuntimeError):
                         loop.call_soon_threadsafe(_resolve, result, None, error)
 
-    def _fail_all(self, error: Exception) -> None:
-        tickets, self._tickets = self._tickets, {}
-        for ticket in {id(t): t for t in tickets.values()}.values():
+    def _fail(self, lost: Mapping[str, Ticket], error: Exception) -> None:
+        self._tickets = {id: ticket for id, ticket in self._tickets.items() if id not in lost}
+        for ticket in {id(t): t for t in lost.values()}.values():
             ticket.fail(error)
 
-    def _answer(self, llm: LLM, call: _Call) -> None:
+    def _answer(self, call: _Call) -> None:
         try:
-            value, error = call.function(llm), None
+            value, error = call.function(), None
         except Exception as raised:  # the caller's, who has it from the future
             value, error = None, raised
         with suppress(RuntimeError):

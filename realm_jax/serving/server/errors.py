@@ -59,7 +59,20 @@ class ApiError(Exception):
 
 
 class Unavailable(CapacityError):
-    """The server serves nothing now: it loads its model, or it ends."""
+    """The server serves nothing now: it loads its first models, or it ends."""
+
+
+def not_loaded(model: str) -> ApiError:
+    """The answer to those who waited for a model that could not be loaded. Why is for the log: its words
+    are of the operator's files."""
+    message = f"the model {model!r} could not be loaded; the server's log says why"
+    return ApiError(500, message, kind="server_error", param="model", code="model_load_failed")
+
+
+def no_such_model(name: str) -> ApiError:
+    """The answer to a name that nothing has."""
+    message = f"the model {name[:100]!r} does not exist; GET /v1/models lists those that do"
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiError:

@@ -15,12 +15,11 @@ from realm_jax.serving.calling import CallStream
 from realm_jax.serving.request import GenerationOutput, TextDelta
 from realm_jax.serving.server.connection import EventStream, while_connected
 from realm_jax.serving.server.errors import JSON, api_error
-from realm_jax.serving.server.jobs import Job, read_job
-from realm_jax.serving.server.reading import read_body
+from realm_jax.serving.server.jobs import Job, job_of, named_in
+from realm_jax.serving.server.pooled_model import OpenModel
 from realm_jax.serving.server.service import Service, note, service_of
 from realm_jax.serving.server.tenancy import find_tenant
 from realm_jax.serving.server.ticket import Ticket
-from realm_jax.serving.tenants import Tenant
 
 SMALL = 64  # tokens of a chunk that is made on the event loop
 COMPACT = (",", ":")
@@ -38,18 +37,24 @@ async def chat_completions(request: Request) -> Response:
 
 async def _generate(request: Request, url: str) -> Response:
     service, tenant = service_of(request), find_tenant(request)
-    llm = service.require_llm()
-    raw = await read_body(request, service.limits)
-    job = await service.off_loop(read_job, url, raw, llm, service.names, service.limits, tenant)
+    body = await service.read(request)
+    async with service.using(named_in(body), tenant, request.receive) as model:
+        return await _answer(request, url, body, model)
+
+
+async def _answer(request: Request, url: str, body: Any, model: OpenModel) -> Response:
+    service, llm = service_of(request), model.llm
+    about = (llm, model.names, service.limits, model.tenant)
+    job = await service.off_loop(job_of, url, body, *about)
     note(request, id=job.id, model=job.model, stream=job.stream)
     note(request, prompt_tokens=sum(len(r.prompt_ids) for r in job.requests))
     if service.log_prompts:
         note(request, prompts=[t.messages if t.messages is not None else t.prompt for t in job.tasks])
     if job.stream:
-        return await _stream(request, service, job, llm, tenant)
+        return await _stream(request, service, job, model)
 
     async def answer() -> dict[str, Any]:
-        ticket = await service.submit(job.requests, tenant)
+        ticket = await service.submit(model, job.requests)
         try:
             outputs = await ticket.outputs()
         finally:
@@ -60,8 +65,8 @@ async def _generate(request: Request, url: str) -> Response:
     return JSON(await while_connected(request.receive, answer()))
 
 
-async def _stream(request: Request, service: Service, job: Job, llm: LLM, tenant: Tenant) -> Response:
-    ticket = await service.submit(job.requests, tenant)
+async def _stream(request: Request, service: Service, job: Job, model: OpenModel) -> Response:
+    ticket = await service.submit(model, job.requests)
     outputs: list[GenerationOutput] = []
 
     def close(how: str) -> None:
@@ -69,7 +74,7 @@ async def _stream(request: Request, service: Service, job: Job, llm: LLM, tenant
         _note_ends(request, outputs)
         note(request, ended=how)
 
-    return EventStream(_chunks(service, job, ticket, llm, outputs), service.limits, close)
+    return EventStream(_chunks(service, job, ticket, model.llm, outputs), service.limits, close)
 
 
 def _note_ends(request: Request, outputs: Sequence[GenerationOutput]) -> None:

@@ -17,7 +17,6 @@ from realm_jax.serving.bodies import CHAT, COMPLETIONS, Task
 from realm_jax.serving.request import Request
 from realm_jax.serving.server.limits import Limits
 from realm_jax.serving.server.naming import ModelNames
-from realm_jax.serving.server.reading import parsed
 from realm_jax.serving.server.schemas import ChatBody, CompletionBody, GenerationBody, checked
 from realm_jax.serving.server.tenancy import visible
 from realm_jax.serving.tenants import Tenant
@@ -50,9 +49,9 @@ class Job:
         return self.tasks[0].params.n
 
 
-def read_job(url: str, raw: bytes, llm: LLM, names: ModelNames, limits: Limits, tenant: Tenant) -> Job:
-    """The job of a body's bytes. Raises as `job_of`, and ApiError for what is no JSON."""
-    return job_of(url, parsed(raw, limits), llm, names, limits, tenant)
+def named_in(body: object) -> object:
+    """The model that a body names, if it is one."""
+    return body.get("model") if isinstance(body, dict) else None
 
 
 def job_of(url: str, value: Any, llm: LLM, names: ModelNames, limits: Limits, tenant: Tenant) -> Job:

@@ -47,9 +47,10 @@ def failed(name: str, error: BaseException, **fields: Any) -> None:
 
 
 class LoggedProgress:
-    """How a model's loading goes, as events."""
+    """How a model's loading goes, as events. model: its name."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str) -> None:
+        self._model = model
         self._is_loading = False
 
     def loading(self, done: int, total: int) -> None:
@@ -57,16 +58,16 @@ class LoggedProgress:
         del done
         if not self._is_loading:
             self._is_loading = True
-            event("loading", bytes=total)
+            event("loading", model=self._model, bytes=total)
 
     def loaded(self) -> None:
         """All of them have."""
-        event("loaded")
+        event("loaded", model=self._model)
 
     def compiling(self, program: str) -> None:
         """A program runs for the first time."""
-        event("compiling", program=program)
+        event("compiling", model=self._model, program=program)
 
     def notice(self, text: str) -> None:
         """Something that the operator should know."""
-        event("note", text=text)
+        event("note", model=self._model, text=text)

@@ -3,7 +3,7 @@
 from collections.abc import Container
 from dataclasses import dataclass
 
-from realm_jax.serving.server.errors import ApiError
+from realm_jax.serving.server.errors import no_such_model
 from realm_jax.serving.tenants import EVERY, Tenant
 
 
@@ -31,9 +31,4 @@ class ModelNames:
             return self.shown
         if name in self.visible(tenant) or name in adapters:
             return name
-        raise ApiError(
-            404,
-            f"the model {name[:100]!r} does not exist; GET /v1/models lists those that do",
-            param="model",
-            code="model_not_found",
-        )
+        raise no_such_model(name)

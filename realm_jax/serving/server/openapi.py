@@ -30,10 +30,10 @@ POSTS: dict[str, tuple[type[Body], str]] = {
     "/apply-template": (TemplateBody, "The text that the chat template makes of a conversation."),
 }
 GETS = {
-    "/v1/models": "The model and its adapters.",
+    "/v1/models": "The models and their adapters, and which are loaded.",
     "/v1/models/{name}": "One of them.",
     "/tokenizer_info": "The special tokens and the chat template, under Transformers' names.",
-    "/props": "Facts of the model and the run.",
+    "/props": "Facts of a model and its run: ?model=NAME, or the first.",
     "/health": "200 while requests are served, 503 otherwise.",
     "/metrics": "Prometheus metrics.",
     "/version": "This program's version.",

@@ -10,8 +10,9 @@ from realm_jax.errors import RequestError
 from realm_jax.llm import LLM
 from realm_jax.serving.bodies import template_variables
 from realm_jax.serving.server import metrics
-from realm_jax.serving.server.errors import JSON, RETRY_SECONDS
-from realm_jax.serving.server.reading import parsed, read_body
+from realm_jax.serving.server.errors import JSON, RETRY_SECONDS, no_such_model
+from realm_jax.serving.server.jobs import named_in
+from realm_jax.serving.server.pooled_model import PooledModel
 from realm_jax.serving.server.schemas import B, DetokenizeBody, TemplateBody, TokenizeBody, checked
 from realm_jax.serving.server.service import Service, service_of
 from realm_jax.serving.server.tenancy import find_tenant, visible
@@ -20,7 +21,7 @@ from realm_jax.tools import read_tools
 
 
 async def models(request: Request) -> Response:
-    """The model under its names, and the adapters under theirs."""
+    """All models under their names, and their adapters under theirs."""
     return JSON({"object": "list", "data": _models(service_of(request), find_tenant(request))})
 
 
@@ -28,26 +29,33 @@ async def model(request: Request) -> Response:
     """One of them."""
     service, tenant, name = service_of(request), find_tenant(request), request.path_params["name"]
     found = _models(service, tenant)
-    service.names.resolve(name, [each["id"] for each in found], tenant)
-    return JSON(next(each for each in found if each["id"] == name))
+    if (entry := next((each for each in found if each["id"] == name), None)) is None:
+        raise no_such_model(name)
+    return JSON(entry)
 
 
 def _models(service: Service, tenant: Tenant) -> list[dict[str, Any]]:
-    llm, shown = service.require_llm(), service.names.shown
+    service.check_serving()
+    return [entry for model in service.pool.models for entry in _entries(model, service.started, tenant)]
+
+
+def _entries(model: PooledModel, created: int, tenant: Tenant) -> list[dict[str, Any]]:
+    """The model under its names, and its adapters; the status is in the words of llama-server."""
 
     def entry(name: str, parent: str | None) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
-            "created": service.started,
+            "created": created,
             "owned_by": "realm",
-            "root": shown,
+            "root": model.name,
             "parent": parent,
-            "max_model_len": llm.model.context,
+            "max_model_len": model.context,
+            "status": {"value": model.status} | ({"failed": True} if model.has_failed else {}),
         }
 
-    adapters = [entry(name, shown) for name in visible(tenant, llm.engine.adapters.named)]
-    return [entry(name, None) for name in service.names.visible(tenant)] + adapters
+    adapters = [entry(name, model.name) for name in model.visible_adapters(tenant)]
+    return [entry(name, None) for name in model.names.visible(tenant)] + adapters
 
 
 async def tokenize(request: Request) -> Response:
@@ -75,19 +83,21 @@ async def detokenize(request: Request) -> Response:
 
 
 async def tokenizer_info(request: Request) -> Response:
-    """What a client needs to know of the tokenizer that /tokenize is, as vLLM says it."""
-    llm = service_of(request).require_llm()
+    """What a client needs to know of the tokenizer that /tokenize is, as vLLM says it: of ?model=NAME."""
+    service, name = service_of(request), request.query_params.get("model")
+    async with service.using(name, find_tenant(request), request.receive) as model:
+        return JSON(_tokenizer_info(model.llm))
+
+
+def _tokenizer_info(llm: LLM) -> dict[str, Any]:
     tokenizer, template = llm.tokenizer, llm.model.template
     ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     texts = {name: None if id is None else tokenizer.token_text(id) for name, id in ends.items()}
-    return JSON(
-        texts
-        | {
-            "add_bos_token": tokenizer.add_bos,
-            "model_max_length": llm.model.context,
-            "chat_template": None if template is None else template.template,
-        }
-    )
+    return texts | {
+        "add_bos_token": tokenizer.add_bos,
+        "model_max_length": llm.model.context,
+        "chat_template": None if template is None else template.template,
+    }
 
 
 async def apply_template(request: Request) -> Response:
@@ -103,30 +113,35 @@ def _apply_template(body: TemplateBody, llm: LLM) -> dict[str, Any]:
 async def _answer(request: Request, kind: type[B], work: Any) -> Response:
     """What the work makes of a body and the model, off the event loop."""
     service, tenant = service_of(request), find_tenant(request)
-    llm = service.require_llm()
-    raw = await read_body(request, service.limits)
+    value = await service.read(request)
+    async with service.using(named_in(value), tenant, request.receive) as model:
 
-    def answer() -> dict[str, Any]:
-        body: Any = checked(kind, parsed(raw, service.limits))
-        service.names.resolve(body.model, visible(tenant, llm.engine.adapters.named), tenant)
-        return work(body, llm)
+        def answer() -> dict[str, Any]:
+            body: Any = checked(kind, value)
+            adapters = visible(model.tenant, model.llm.engine.adapters.named)
+            model.names.resolve(body.model, adapters, model.tenant)
+            return work(body, model.llm)
 
-    return JSON(await service.off_loop(answer))
+        return JSON(await service.off_loop(answer))
 
 
 async def props(request: Request) -> Response:
-    """Facts of the model and the run."""
-    return JSON(facts(service_of(request)))
+    """Facts of a model and its run: of ?model=NAME."""
+    model = service_of(request).find(request.query_params.get("model"), find_tenant(request))
+    return JSON(facts(model))
 
 
-def facts(service: Service) -> dict[str, Any]:
-    """What /props says."""
-    llm = service.require_llm()
+def facts(model: PooledModel) -> dict[str, Any]:
+    """What /props says. Of a model that is not loaded there is nothing but its status."""
+    found = {"model": model.name, "status": model.status, "version": __version__}
+    return found if model.llm is None else found | _facts(model.llm)
+
+
+def _facts(llm: LLM) -> dict[str, Any]:
     tokenizer, config = llm.tokenizer, llm.model.config
     ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     numerics, template = llm.model.numerics, llm.model.template
     found = {
-        "model": service.names.shown,
         "architecture": config.architecture,
         "ctx_size": llm.model.context,
         "vocab_size": config.vocab_size,
@@ -135,8 +150,8 @@ def facts(service: Service) -> dict[str, Any]:
         "kv_dtype": numerics.kv_dtype,
         "weights": numerics.weights,
         "kernels": numerics.kernels,
+        "draft_model": None if llm.draft is None else llm.draft.path.stem,
         "chat_template": None if template is None else template.template,
-        "version": __version__,
     }
     texts = {key: None if id is None else tokenizer.token_text(id) for key, id in ends.items()}
     return found | texts

@@ -6,7 +6,7 @@ import ipaddress
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -14,13 +14,14 @@ from types import FrameType
 import uvicorn
 
 from realm_jax.errors import RequestError
-from realm_jax.llm import LLM
 from realm_jax.serving.server.app import build_app
 from realm_jax.serving.server.engine_thread import EngineThread
+from realm_jax.serving.server.errors import Unavailable
 from realm_jax.serving.server.limits import Limits
 from realm_jax.serving.server.logs import event
 from realm_jax.serving.server.metrics import Metrics
-from realm_jax.serving.server.naming import ModelNames
+from realm_jax.serving.server.model_pool import ModelPool
+from realm_jax.serving.server.pooled_model import PooledModel
 from realm_jax.serving.server.protocol import PunctualHTTP
 from realm_jax.serving.server.service import Service
 from realm_jax.serving.server.tenancy import Tenancy
@@ -32,9 +33,11 @@ LAST_WORDS = 3.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator says of a server, the model aside. drain_seconds: for what runs when it ends."""
+    """What an operator says of a server, the models aside.
 
-    names: tuple[str, ...]
+    drain_seconds: for what runs when it ends. memory, idle_seconds: as `ModelPool` has them.
+    """
+
     host: str = "127.0.0.1"
     port: int = 8000
     insecure: bool = False
@@ -43,25 +46,34 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     tenancy: Tenancy = field(default_factory=Tenancy)
     adapter_folder: Path | None = None
+    memory: int | None = None
+    idle_seconds: float | None = None
 
 
 class RealmServer(uvicorn.Server):
-    """A server of one model, which listens from the start; `run_to_end` serves until it has drained.
+    """A server, which listens from the start; `run_to_end` serves until it has drained.
 
-    on_ready: called with the address when requests are served, on the engine's thread.
+    models: the first is that of requests that name none. on_ready: called with the address when requests are
+    served, on the event loop.
     """
 
     def __init__(
-        self, settings: Settings, load: Callable[[], LLM], on_ready: Callable[[str], None] = lambda _: None
+        self,
+        settings: Settings,
+        models: Sequence[PooledModel],
+        on_ready: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._settings, self._on_ready = settings, on_ready
         is_open = settings.insecure or settings.tenancy.needs_keys
         self.listener = listen(settings.host, settings.port, insecure=is_open)
-        metrics = Metrics(settings.names[0])
-        self.engine = EngineThread(load, metrics, on_ready=self._ready, on_failure=self._load_failed)
+        metrics = Metrics(model.name for model in models)
+        self.engine = EngineThread(metrics)
+        self.pool = ModelPool(
+            models, self.engine, metrics, memory=settings.memory, idle_seconds=settings.idle_seconds
+        )
         self.service = Service(
             self.engine,
-            ModelNames(settings.names),
+            self.pool,
             settings.limits,
             metrics,
             tenancy=settings.tenancy,
@@ -70,6 +82,8 @@ class RealmServer(uvicorn.Server):
             log_prompts=settings.log_prompts,
         )
         self._draining: asyncio.Task[None] | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_hurried = False
         limits = settings.limits
@@ -99,7 +113,7 @@ class RealmServer(uvicorn.Server):
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run_to_end(self) -> bool:
-        """The server has drained; whether its engine has ended, too. Raises what loading failed with."""
+        """The server has drained; whether all its threads have ended. Raises what loading failed with."""
         address = self.address
         event("listening", address=address, status="loading")
         try:
@@ -107,17 +121,31 @@ class RealmServer(uvicorn.Server):
         finally:
             self.listener.close()
             self.service.close()
-            has_ended = self.engine.stop()
+            has_ended = self.engine.stop() and self.pool.stop()
         event("stopped", address=address)
-        if self.engine.failure is not None:
-            raise self.engine.failure
+        if self._failure is not None:
+            raise self._failure
         return has_ended
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; the port listens before the model loads."""
+        """As uvicorn's; the port listens before any model loads."""
         await super().startup(sockets=sockets)
         self._loop = asyncio.get_running_loop()
         self.engine.start()
+        self._starting = asyncio.ensure_future(self._start())
+
+    async def _start(self) -> None:
+        """Requests are served, or the server ends and knows why."""
+        try:
+            await self.pool.start()
+        except Unavailable:  # it ends already
+            return
+        except Exception as error:  # raised again by `run_to_end`
+            self._failure, self.service.has_failed, self.should_exit = error, True, True
+            return
+        self.service.is_ready = True
+        event("ready", address=self.address)
+        self._on_ready(self.address)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The server drains; a second signal ends what runs at once."""
@@ -146,16 +174,10 @@ class RealmServer(uvicorn.Server):
         if service.active:
             event("aborting", active=service.active)
             self.engine.abort_all()
+            self.pool.close()
             await _until(lambda: not service.active, time.monotonic() + LAST_WORDS)
+        self.pool.close()
         self.should_exit = True
-
-    def _ready(self) -> None:
-        event("ready", address=self.address)
-        self._on_ready(self.address)
-
-    def _load_failed(self) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(setattr, self, "should_exit", True)
 
 
 async def _until(condition: Callable[[], bool], end: float) -> None:

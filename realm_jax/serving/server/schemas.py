@@ -141,6 +141,7 @@ class LoadAdapterBody(Body):
 
     lora_name: str
     lora_path: str
+    model: str | None = Field(None, description="Whose adapter; needed where several models are served.")
 
 
 class UnloadAdapterBody(Body):

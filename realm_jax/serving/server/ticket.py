@@ -15,7 +15,8 @@ class Ticket:
     the requests may have tokens.
     """
 
-    def __init__(self, requests: Sequence[Request], abort: "Callable[[Ticket], None]") -> None:
+    def __init__(self, model: str, requests: Sequence[Request], abort: "Callable[[Ticket], None]") -> None:
+        self.model = model  # which of the server's has them
         self.loop = asyncio.get_running_loop()
         self.request_ids = tuple(request.id for request in requests)
         self.accepted: asyncio.Future[None] = self.loop.create_future()

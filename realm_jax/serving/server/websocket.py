@@ -27,10 +27,11 @@ from realm_jax.serving.bodies import CHAT, COMPLETIONS
 from realm_jax.serving.request import GenerationOutput
 from realm_jax.serving.server.errors import ApiError, api_error
 from realm_jax.serving.server.generation import Pieces, whole_answer
-from realm_jax.serving.server.jobs import job_of
+from realm_jax.serving.server.jobs import job_of, named_in
 from realm_jax.serving.server.limits import Limits
 from realm_jax.serving.server.logs import event, failed
 from realm_jax.serving.server.pages import facts
+from realm_jax.serving.server.pooled_model import OpenModel
 from realm_jax.serving.server.reading import parsed
 from realm_jax.serving.server.schemas import FIELDS
 from realm_jax.serving.server.service import service_of
@@ -178,7 +179,7 @@ class Connection:
             case "health":
                 data: dict[str, Any] = {"status": self._service.status}
             case "metadata":
-                data = facts(self._service)
+                data = facts(self._service.find(call.params.get("model"), tenant))
             case _:
                 data = await self._generate(call, tenant)
         await self._send(call.id, "complete", data)
@@ -186,14 +187,20 @@ class Connection:
 
     async def _generate(self, call: Call, tenant: Tenant) -> dict[str, Any]:
         """The whole answer, after its pieces were sent."""
-        service, llm = self._service, self._service.require_llm()
         body = {name: value for name, value in call.params.items() if name != "stream"}
         streams = call.params.get("stream", True)
         if not isinstance(streams, bool):
             raise RequestError(f"stream is {streams!r}; it must be true or false")
-        about = (llm, service.names, service.limits, tenant)
+        async with self._service.using(named_in(body), tenant) as model:
+            return await self._run_job(call, body, model, streams=streams)
+
+    async def _run_job(
+        self, call: Call, body: dict[str, Any], model: OpenModel, *, streams: bool
+    ) -> dict[str, Any]:
+        service, llm = self._service, model.llm
+        about = (llm, model.names, service.limits, model.tenant)
         job = await service.off_loop(job_of, URLS[call.function], body, *about)
-        ticket = await service.submit(job.requests, tenant)
+        ticket = await service.submit(model, job.requests)
         pieces, outputs = Pieces(job, llm), list[GenerationOutput]()
         try:
             while not ticket.is_done:
