@@ -90,6 +90,7 @@ WITHIN_A_FLOOR = {
     ("params", "structured"),
     ("grammars", "tokenizer"),
     ("tokenizer", "gguf"),  # Tokenizer.from_gguf
+    ("hub", "gguf"),  # whether a folder is a checkpoint
     ("model", "layers"),
     ("weights", "architectures"),
     ("serving.scheduler", "serving.request"),

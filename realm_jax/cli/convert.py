@@ -6,10 +6,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from realm_jax.cli import progress
+from realm_jax.cli import options, progress
 from realm_jax.cli.flags import command
 
-app = typer.Typer(help="Convert models: from folders of Hugging Face's form.", rich_markup_mode=None)
+app = typer.Typer(
+    help="Convert models: from folders of Hugging Face's form, to checkpoints of Orbax.",
+    rich_markup_mode=None,
+)
 
 
 def hf(
@@ -45,4 +48,36 @@ def hf(
     print(target)
 
 
+def orbax(
+    *,
+    reference: Annotated[
+        str, typer.Argument(help="A GGUF path, a known name or hf:owner/repo/file.gguf.", metavar="REF")
+    ],
+    target: Annotated[Path, typer.Argument(help="The folder to make.", metavar="DIR")],
+    dense: Annotated[
+        Literal["bf16", "f32"] | None,
+        typer.Option(
+            "--dense",
+            help="Expand packed tensors to these; it takes their memory.  [default: as they are]",
+            show_default=False,
+        ),
+    ] = None,
+    offline: options.Offline = False,
+) -> None:
+    """Write a model as a folder: its tensors as arrays of an Orbax checkpoint, each with a checksum.
+
+    Quantized tensors stay packed, bit for bit. Every command takes the folder where it takes a model. Until
+    the folder is whole it has another name.
+
+    Example: realm convert orbax smollm2-135m-instruct smollm2
+    """
+    from realm_jax import gguf, hub
+    from realm_jax.convert.orbax import Checkpoint
+
+    with gguf.open(hub.resolve(reference, offline=offline)) as file:
+        Checkpoint(file, dense).write(target, progress.of_tensors(len(file.tensors)))
+    print(target)
+
+
 app.command("hf")(command(hf))
+app.command("orbax")(command(orbax))

@@ -101,13 +101,17 @@ class MappedFile(GGUFFile):
 
 
 def open(path: str | PathLike[str]) -> GGUFFile:
-    """The model at `path`, complete: any part of a split model opens all of its parts.
+    """The model at `path`, complete: any part of a split model opens all of its parts, a folder a checkpoint.
 
     Raises:
         ModelFileError: the file is missing or broken; the message names the field and its value.
         UnsupportedError: the file is big endian.
     """
     path = Path(path)
+    if path.is_dir():
+        from realm_jax.gguf.checkpoint import CheckpointFile
+
+        return CheckpointFile(path)
     opened = _read_part(path)
     count = _integer(opened.path, opened.metadata, "split.count", 1, at_least=1)
     if count == 1:
