@@ -134,6 +134,13 @@ def _stored(file: TensorFile, part: Part) -> Stored:
     return Stored(data, GGMLType(info.ggml_type), (part.shape[-2], part.shape[-1]))
 
 
+def _unread(file: TensorFile, part: Part) -> Stored:
+    """As `_stored`, with zeros that take no memory for the bytes of the file."""
+    kind = GGMLType(file.tensors[part.name + ".weight"].ggml_type)
+    zeros = np.broadcast_to(np.zeros(1, np.uint8), (_part_bytes(file, part),))
+    return Stored(zeros, kind, (part.shape[-2], part.shape[-1]))
+
+
 def _bias(file: TensorFile, parts: tuple[Part, ...]) -> np.ndarray | None:
     """The parts' biases one after another, zeros for those that have none; None where no part has one."""
     if not _is_biased(file, parts):
@@ -213,7 +220,7 @@ def _planned(file: TensorFile, p: Parameter, numerics: Numerics) -> int:
     if p.kind == "heads":
         return projections.dense_bytes(p.parts[0].shape, numerics)
     biases = sum(part.shape[-2] for part in p.parts) if _is_biased(file, p.parts) else 0
-    parts = [_stored(file, part) for part in p.parts]
+    parts = [_unread(file, part) for part in p.parts]
     return 4 * biases + projections.planned_bytes(parts, _numerics_of(p, numerics))
 
 

@@ -15,7 +15,9 @@ from jax.sharding import PartitionSpec as P
 from tiny import write_model
 
 from realm_jax import LLM, RequestError, SamplingParams, UnsupportedError
+from realm_jax import gguf as realm_gguf
 from realm_jax.config import EngineConfig
+from realm_jax.convert.orbax import Checkpoint
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.loading import load_model
 from realm_jax.parallel.model import mesh_of, on_each
@@ -183,3 +185,15 @@ def test_training_is_refused(model: Any):
     divided = load_model(model("llama-mha"), EngineConfig(mesh=FOUR, ctx_size=64))
     with pytest.raises(UnsupportedError, match="without a mesh"):
         training.Trainer(divided, [], training.TrainingConfig(rank=2))
+
+
+def test_a_checkpoint_is_divided_as_the_file_is(tmp_path: Path):
+    kinds: Any = dict.fromkeys(("attn_q", "ffn_down"), Q8_0)
+    path = write_model(tmp_path / "m.gguf", width=128, ffn=256, kinds=kinds)
+    with realm_gguf.open(path) as file:
+        Checkpoint(file).write(tmp_path / "m")
+    config = EngineConfig(ctx_size=64, mesh=FOUR, dtype="float32")
+    found, expected = (load_model(each, config).params for each in (tmp_path / "m", path))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.sharding == other.sharding and np.array_equal(one, other)

@@ -37,7 +37,7 @@ FLOORS = {
     }
     | {"tokenizer", "grammars", "chat", "tools", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
-    3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring"}
+    3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring", "convert"}
     | {
         f"serving.{name}"
         for name in (
@@ -102,6 +102,7 @@ WITHIN_A_FLOOR = {
     ("grammars", "tokenizer"),
     ("tools", "chat"),
     ("tokenizer", "gguf"),  # Tokenizer.from_gguf
+    ("hub", "gguf"),  # whether a folder is a checkpoint
     ("model", "layers"),
     ("weights", "architectures"),
     ("serving.scheduler", "serving.request"),

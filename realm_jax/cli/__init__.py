@@ -14,6 +14,7 @@ from realm_jax.cli import (
     batch,
     bench,
     chat,
+    convert,
     doctor,
     generate,
     inspect,
@@ -50,6 +51,7 @@ app.command("inspect")(command(inspect.inspect))
 app.command("doctor")(command(doctor.doctor))
 app.add_typer(models.app, name="models")
 app.add_typer(lora.app, name="lora")
+app.add_typer(convert.app, name="convert")
 app.add_typer(serve.app, name="serve")
 
 

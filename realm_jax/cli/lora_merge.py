@@ -1,13 +1,12 @@
 """`realm lora merge`: adapters folded into a model file."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from realm_jax.cli import options
+from realm_jax.cli import options, progress
 from realm_jax.cli.adapters import opened_base, scaled
 from realm_jax.cli.flags import flag
 from realm_jax.errors import RequestError
@@ -49,19 +48,7 @@ def merge(
         if output.exists() and any(output.samefile(part) for part in file.split_paths):
             raise RequestError(f"-o {output} is the model itself; give another path")
         adapters = [(read(path, base), scale) for path, scale in map(scaled, lora)]
-        Merge(file, adapters, kind).write(output, _progress(len(file.tensors)))
+        Merge(file, adapters, kind).write(output, progress.of_tensors(len(file.tensors)))
         changed = sum(any(adapter.changes(name) for adapter, _ in adapters) for name in file.tensors)
     print(f"{changed} of {len(base.shapes)} tensors changed", file=sys.stderr)
     print(output)
-
-
-def _progress(total: int) -> Callable[[str], None]:
-    """Shows each tensor as it is begun: a bar on a terminal, else one line at the start."""
-    from rich.console import Console
-    from rich.progress import track
-
-    if not sys.stderr.isatty():
-        print(f"writing {total} tensors", file=sys.stderr)
-        return lambda _: None
-    bar = iter(track(range(total), "writing", console=Console(stderr=True), transient=True))
-    return lambda _: next(bar, None)  # pyright: ignore[reportReturnType]: what it gives is not used

@@ -5,6 +5,7 @@ The files are mapped, not read; `header` has the layout and the checks of what s
 
 import mmap
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ class Part:
     tensors: list[TensorInfo]
 
 
-class GGUFFile:
+class GGUFFile(ABC):
     """An open model: `metadata`, `tensors` in file order, and the bytes of each tensor.
 
     Numbers of the metadata are Python scalars, string arrays lists, other arrays NumPy arrays. Text is
@@ -44,32 +45,24 @@ class GGUFFile:
     manager, or `close()`.
     """
 
-    def __init__(self, path: Path, parts: Sequence[Part]) -> None:
-        self.path = path
-        self.version: int = parts[0].version
-        self.metadata: dict[str, Any] = parts[0].metadata
-        self.tensors: dict[str, TensorInfo] = _index(parts)
-        self.split_paths: list[Path] = [part.path for part in parts]
-        self.nbytes: int = sum(len(part.map) for part in parts)
-        self._maps = [part.map for part in parts]
+    path: Path
+    version: int
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    split_paths: list[Path]
+    nbytes: int
 
+    @abstractmethod
     def data(self, name: str) -> UInt8[np.ndarray, " bytes"]:
-        """The tensor's bytes as they lie in the file: a read-only view of the map, not a copy."""
-        info = self.tensors[name]
-        return np.frombuffer(self._maps[info.part], np.uint8, info.nbytes, info.offset)
+        """The tensor's bytes, read-only."""
 
+    @abstractmethod
     def release(self, name: str) -> None:
         """The tensor's bytes no longer count as this process's memory; they may be read again."""
-        info = self.tensors[name]
-        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._maps[info.part].madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
 
+    @abstractmethod
     def close(self) -> None:
-        """Give the maps back; a map with a view still in use goes with its last view."""
-        for map in self._maps:
-            with suppress(BufferError):
-                map.close()
+        """Give back what the open model takes."""
 
     def __enter__(self) -> "GGUFFile":
         return self
@@ -78,25 +71,58 @@ class GGUFFile:
         self.close()
 
 
+class MappedFile(GGUFFile):
+    """One file or several parts, mapped: bytes of tensors are views of the map, not copies."""
+
+    def __init__(self, path: Path, parts: Sequence[Part]) -> None:
+        self.path = path
+        self.version = parts[0].version
+        self.metadata = parts[0].metadata
+        self.tensors = _index(parts)
+        self.split_paths = [part.path for part in parts]
+        self.nbytes = sum(len(part.map) for part in parts)
+        self._maps = [part.map for part in parts]
+
+    def data(self, name: str) -> UInt8[np.ndarray, " bytes"]:
+        info = self.tensors[name]
+        return np.frombuffer(self._maps[info.part], np.uint8, info.nbytes, info.offset)
+
+    def release(self, name: str) -> None:
+        info = self.tensors[name]
+        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[info.part].madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+
+    def close(self) -> None:
+        """A map with a view still in use goes with its last view."""
+        for map in self._maps:
+            with suppress(BufferError):
+                map.close()
+
+
 def open(path: str | PathLike[str]) -> GGUFFile:
-    """The model at `path`, complete: any part of a split model opens all of its parts.
+    """The model at `path`, complete: any part of a split model opens all of its parts, a folder a checkpoint.
 
     Raises:
         ModelFileError: the file is missing or broken; the message names the field and its value.
         UnsupportedError: the file is big endian.
     """
     path = Path(path)
+    if path.is_dir():
+        from realm_jax.gguf.checkpoint import CheckpointFile
+
+        return CheckpointFile(path)
     opened = _read_part(path)
     count = _integer(opened.path, opened.metadata, "split.count", 1, at_least=1)
     if count == 1:
-        return GGUFFile(path, [opened])
+        return MappedFile(path, [opened])
     siblings = _part_paths(opened, count)
     parts = [opened if sibling == path else _read_part(sibling) for sibling in siblings]
     for number, part in enumerate(parts):
         for key, expected in (("split.count", count), ("split.no", number)):
             if (value := _integer(part.path, part.metadata, key, -1, at_least=0)) != expected:
                 fail(part.path, f"{key} is {value}; expected {expected}")
-    return GGUFFile(path, parts)
+    return MappedFile(path, parts)
 
 
 def _part_paths(opened: Part, count: int) -> list[Path]:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from realm_jax.errors import ModelFileError
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
-from realm_jax.gguf.header import MIN_KEY, MIN_TENSOR, STRING, HeaderReader
+from realm_jax.gguf.header import ARRAY, BOOL, MIN_KEY, MIN_TENSOR, NUMBERS, STRING, HeaderReader
 
 VERSION = 3
 U32_KIND, F32_KIND = 4, 6
@@ -48,6 +50,23 @@ def count_value(number: int) -> bytes:
 
 def real_value(number: float) -> bytes:
     return struct.pack("<If", F32_KIND, number)
+
+
+def value(given: str | bool | int | float | Sequence[str] | np.ndarray) -> bytes:
+    """Any value, with its type; lists are of strings, arrays of numbers. Whole numbers take 32 bits."""
+    match given:
+        case str():
+            return text_value(given)
+        case bool():
+            return struct.pack("<I?", BOOL, given)
+        case int():
+            return count_value(given)
+        case float():
+            return real_value(given)
+        case np.ndarray():
+            kind = next(kind for kind, dtype in NUMBERS.items() if dtype == given.dtype)
+            return struct.pack("<IIQ", ARRAY, kind, len(given)) + given.tobytes()
+    return struct.pack("<IIQ", ARRAY, STRING, len(given)) + b"".join(map(string, given))
 
 
 def raw_metadata(path: Path) -> dict[str, bytes]:

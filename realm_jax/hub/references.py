@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from realm_jax.errors import RequestError
+from realm_jax.gguf.checkpoint import is_checkpoint
 from realm_jax.hub.sources import HuggingFaceFile, Source, WheelMember
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -78,14 +79,23 @@ def _local(path: Path) -> Path:
         if path.is_file():
             return path
         if path.is_dir():
-            raise RequestError(
-                f"model is a folder: {path} (pass the .gguf file in it; the first one if split)"
-            )
+            return _folder(path)
         if path.exists():
             raise RequestError(f"model is not a regular file: {path}")
     except (OSError, ValueError) as error:  # a name too long, a null byte
         raise RequestError(f"model path {str(path)[:200]!r} is not usable: {error}") from error
     raise RequestError(f"model file not found: {path} (a file on Hugging Face is written {HF_FORM})")
+
+
+def _folder(path: Path) -> Path:
+    """The folder, if it is a checkpoint; whether it is whole is seen when it is opened."""
+    if is_checkpoint(path):
+        return path
+    if (path / "config.json").is_file():
+        raise RequestError(
+            f"model is a folder of Hugging Face's form: {path} (realm convert hf makes it a file)"
+        )
+    raise RequestError(f"model is a folder: {path} (pass the .gguf file in it; the first one if split)")
 
 
 def _hugging_face(reference: str) -> HuggingFaceFile:

@@ -47,6 +47,13 @@ class SafetensorsFile:
         with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite, which is refused by name
             return self._open.get_tensor(name).astype(np.float32)
 
+    def rows(self, name: str, first: int, count: int) -> np.ndarray:
+        """Some rows of a matrix or values of a vector, as float32; only they are read."""
+        import ml_dtypes  # noqa: F401  # the library asks NumPy for bfloat16 by name
+
+        with np.errstate(over="ignore"):
+            return self._open.get_slice(name)[first : first + count].astype(np.float32)
+
 
 def is_pickle(path: Path) -> bool:
     """Whether the file begins as torch.save's do, whatever its name."""

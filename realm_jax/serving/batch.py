@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from realm_jax import __version__
 from realm_jax.errors import RealmError, RequestError, UnsupportedError
+from realm_jax.gguf.checkpoint import standing_for
 from realm_jax.llm import LLM
 from realm_jax.serving.answers import response_body
 from realm_jax.serving.bodies import Task, read_task
@@ -155,7 +156,7 @@ class BatchJob:
         model = self._llm.model
         return {
             "realm_jax": __version__,
-            "model_sha256": _sha256(model.path),
+            "model_sha256": _sha256(standing_for(model.path)),
             "input_sha256": _sha256(self._source),
             "dtype": model.numerics.dtype,
             "kv_dtype": model.numerics.kv_dtype,

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from realm_jax.errors import RequestError
+from realm_jax.gguf.checkpoint import standing_for
 from realm_jax.loading import LoadedModel
 from realm_jax.lora.export import write_gguf, write_peft
 from realm_jax.training.data import Example, Reader
@@ -24,7 +25,7 @@ def fingerprint(
     settings = asdict(config)
     del settings["save_every"]
     facts = {
-        "model": f"{model.path.name}, {model.path.stat().st_size:,} bytes",
+        "model": f"{model.path.name}, {standing_for(model.path).stat().st_size:,} bytes",
         "device": jax.default_backend(),
         "context": reader.context,
         "drops_long": reader.drops_long,

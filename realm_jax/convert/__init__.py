@@ -1,0 +1,1 @@
+"""Models in other forms: folders of Hugging Face to GGUF files, GGUF files to checkpoints of Orbax."""
