@@ -26,7 +26,17 @@ SHAPED = (
         "native_nodes",
         "nodes",
     ),
-    *("projections", "quant", "rope", "sampling", "sampling_rows", "scoring", "speculative", "training"),
+    *(
+        "projections",
+        "quant",
+        "quantization",
+        "rope",
+        "sampling",
+        "sampling_rows",
+        "scoring",
+        "speculative",
+        "training",
+    ),
     "weights",
 )
 """The modules whose functions take arrays; in the others these checks took most of the time of long tests."""

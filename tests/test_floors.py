@@ -37,7 +37,7 @@ FLOORS = {
     }
     | {"tokenizer", "grammars", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
-    3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring"}
+    3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring", "quantization"}
     | {
         f"serving.{name}"
         for name in (
