@@ -83,8 +83,11 @@ def row(
 
 def rows(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, object]]:
     text = args.file.read_text()
-    calibration = args.calibration.read_text() if args.calibration else "\n".join(topics.values())
-    matrix = importance_of(args.model, calibration, args.chunks, folder / "imatrix.gguf")
+    if args.imatrix:
+        matrix = importance.read(args.imatrix)
+    else:
+        calibration = args.calibration.read_text() if args.calibration else "\n".join(topics.values())
+        matrix = importance_of(args.model, calibration, args.chunks, folder / "imatrix.gguf")
     print(json.dumps({"type": "source", "ours": perplexity(args.model, text)}), file=sys.stderr)
     for kind in [FILE_TYPES[name] for name in args.types]:
         for each in (None, matrix) if kind.name not in ("F32", "F16", "BF16", "Q8_0") else (None,):
@@ -96,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-m", "--model", type=Path, required=True, help="in F32, F16 or BF16")
     parser.add_argument("-f", "--file", type=Path, required=True, help="the text to predict")
+    parser.add_argument("--imatrix", type=Path, help="an importance matrix, instead of one made here")
     parser.add_argument("--calibration", type=Path, help="the text of the importance matrix")
     parser.add_argument("--chunks", type=int, default=32, help="windows of that text")
     parser.add_argument("--types", nargs="+", choices=FILE_TYPES, default=list(FILE_TYPES))
