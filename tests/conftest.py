@@ -26,17 +26,7 @@ SHAPED = (
         "native_nodes",
         "nodes",
     ),
-    *(
-        "projections",
-        "quant",
-        "quantization",
-        "rope",
-        "sampling",
-        "sampling_rows",
-        "scoring",
-        "speculative",
-        "training",
-    ),
+    *("projections", "quant", "rope", "sampling", "sampling_rows", "scoring", "speculative", "training"),
     "weights",
 )
 """The modules whose functions take arrays; in the others these checks took most of the time of long tests."""

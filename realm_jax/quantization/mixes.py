@@ -161,7 +161,10 @@ class Place:
         return self.facts.architecture == "falcon"
 
     def has_eight_experts(self) -> bool:
-        return self.facts.experts == 8
+        return self.facts.experts == 8 and not self.is_falcon()
+
+    def is_usual(self) -> bool:
+        return not self.is_falcon() and not self.has_eight_experts()
 
 
 def always(_: Place) -> bool:
@@ -185,9 +188,9 @@ VALUE_RULES: tuple[Rule, ...] = (
 OUTPUT_RULES: tuple[Rule, ...] = (
     ("Q3_K_L", Place.is_falcon, T.Q4_K),
     ("Q2_K Q3_K_S Q3_K_M IQ4_NL Q4_K_S Q4_K_M", Place.has_eight_experts, T.Q5_K),
-    ("Q2_K", always, T.Q3_K),
-    ("Q3_K_M", always, T.Q4_K),
-    ("Q3_K_L", always, T.Q5_K),
+    ("Q2_K", Place.is_usual, T.Q3_K),
+    ("Q3_K_M", Place.is_usual, T.Q4_K),
+    ("Q3_K_L", Place.is_usual, T.Q5_K),
 )
 DOWN_RULES: tuple[Rule, ...] = (
     ("Q2_K", always, T.Q3_K),
@@ -258,8 +261,6 @@ class Mix:
         f, name = self.facts, self.file_type.name
         if role in (Role.ATTENTION_V, Role.ATTENTION_K) and f.experts == 8:
             return T.Q8_0
-        if role is Role.ATTENTION_OUTPUT and place.is_falcon() and name != "Q3_K_L":
-            return self.file_type.kind
         holding = (
             kind for names, holds, kind in RULES.get(role, ()) if name in names.split() and holds(place)
         )

@@ -101,7 +101,7 @@ class ObservedExperts:
         """As `Experts.mix`."""
         rows, count = x.reshape(-1, x.shape[-1]), self.shape[0]
         numbers = jnp.arange(count, dtype=chosen.dtype)
-        is_mine = (chosen.reshape(len(rows), -1, 1) == numbers).any(axis=1).T  # [E, R]
+        is_mine = (chosen.reshape(len(rows), -1, 1) == numbers[None, None]).any(axis=1).T  # [E, R]
         counts, weight = is_mine.sum(axis=1), is_mine.astype(jnp.float32)
         io_callback(self.observer.add, None, self.gate_up_place, matmul(weight, jnp.square(rows).T), counts)
         inner = [
