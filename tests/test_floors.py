@@ -37,7 +37,7 @@ FLOORS = {
     }
     | {"tokenizer", "grammars", "chat", "tools", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
-    3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring", "convert"}
+    3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring", "convert", "quantization"}
     | {
         f"serving.{name}"
         for name in (

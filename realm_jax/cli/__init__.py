@@ -17,10 +17,12 @@ from realm_jax.cli import (
     convert,
     doctor,
     generate,
+    imatrix,
     inspect,
     lora,
     models,
     perplexity,
+    quantize,
     score,
     serve,
     tokenize,
@@ -47,6 +49,8 @@ app.command("perplexity")(command(perplexity.perplexity))
 app.command("score")(command(score.score))
 app.command("eval", context_settings={"ignore_unknown_options": True})(command(evaluation.evaluate))
 app.command("bench")(command(bench.bench))
+app.command("quantize")(command(quantize.quantize))
+app.command("imatrix")(command(imatrix.imatrix))
 app.command("inspect")(command(inspect.inspect))
 app.command("doctor")(command(doctor.doctor))
 app.add_typer(models.app, name="models")
