@@ -34,6 +34,8 @@ FLOORS = {
         "cache",
         "sampling",
         "sampling_rows",
+        "sequence_cache",
+        "processors",
     }
     | {"tokenizer", "grammars", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
@@ -116,6 +118,9 @@ WITHIN_A_FLOOR = {
     ("perplexity", "llm"),
     ("buckets", "config"),
     ("cache", "kernels"),
+    ("sequence_cache", "cache"),
+    ("sequence_cache", "kernels"),
+    ("research", "llm"),
     ("serving.transcript", "serving.request"),
     ("serving.batch", "llm"),
     ("serving.batch", "serving.bodies"),
