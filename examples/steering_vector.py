@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("-m", "--model", help="a path, a known name, or hf:owner/repo/file.gguf")
     parser.add_argument("--layer", type=int, help="where to steer what is written; default: the middle")
     parser.add_argument("--scale", type=float, default=2.0, help="times the mean difference")
-    parser.add_argument("--tokens", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=30, help="of each text that is written; 0 = none is")
     parser.add_argument("--plot", type=Path, help="where to draw layers and scales")
     options = parser.parse_args()
 
@@ -56,8 +56,8 @@ def main() -> None:
     if options.plot is not None:
         draw(found, scales, options.plot)
 
-    params = SamplingParams(temperature=0, max_tokens=options.tokens, repetition_penalty=1.2)
-    for scale in (-options.scale, 0.0, options.scale):
+    params = SamplingParams(temperature=0, max_tokens=max(options.tokens, 1), repetition_penalty=1.2)
+    for scale in (-options.scale, 0.0, options.scale) if options.tokens else ():
         added = scale * vectors[layer]
         steered = research.variant(llm, edit={f"layers.{layer}.resid_post": lambda x, v=added: x + v})
         print(f"\nwith {scale:g} times the direction at layer {layer}:")

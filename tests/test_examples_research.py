@@ -26,7 +26,7 @@ def example(name: str) -> ModuleType:
     ("name", "options", "said", "lines"),
     [
         ("logit_lens", [], "rank of the answer", 7),
-        ("steering_vector", ["--tokens", "4"], "times the direction at layer 2", 22),
+        ("steering_vector", ["--tokens", "0"], "log-odds of cheerful words", 7),
         ("train_and_serve_adapter", ["--steps", "10"], "geographer: ", 13),
     ],
 )

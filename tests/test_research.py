@@ -41,6 +41,11 @@ def model(path: Path) -> LoadedModel:
     return loaded(path, dtype="float32", weights="dense")
 
 
+@pytest.fixture(scope="module")
+def llm(path: Path) -> LLM:
+    return LLM(path, dtype="float32", ctx_size=64)
+
+
 def forward(model: LoadedModel, tokens: Any, **how: Any) -> Forward:
     return jax.jit(lambda p, t: research.forward(model.transformer, p, t, **how))(model.params, tokens)
 
@@ -59,12 +64,11 @@ def changed(params: Any, path: str, weight: Any) -> Any:
     return {**params, first: params[first].replace(weight=weight(params[first].weight))}
 
 
-def test_capture_and_identity_change_no_logits(path: Path, model: LoadedModel, seen: tuple[Forward, Forward]):
+def test_capture_and_identity_change_no_logits(llm: LLM, model: LoadedModel, seen: tuple[Forward, Forward]):
     plain = forward(model, A).logits
     np.testing.assert_allclose(seen[0].logits, plain, atol=1e-6)
     np.testing.assert_allclose(forward(model, A, edit={"*": lambda x: x * 1}).logits, plain, atol=1e-6)
-    served = LLM(path, dtype="float32", ctx_size=64).logits(A[0].tolist())
-    np.testing.assert_allclose(plain[0], served, atol=1e-5)
+    np.testing.assert_allclose(plain[0], llm.logits(A[0].tolist()), atol=1e-5)
 
 
 def test_what_stands_at_one_name_decides_all_that_follows(model: LoadedModel, seen: tuple[Forward, Forward]):
@@ -175,8 +179,7 @@ def test_quantized_weights_give_what_dense_ones_do(
         assert np.linalg.norm(found[name] - x) <= error * np.linalg.norm(x), name
 
 
-def test_the_lens_at_the_last_layer_is_the_model(path: Path):
-    llm = LLM(path, dtype="float32", ctx_size=64)
+def test_the_lens_at_the_last_layer_is_the_model(llm: LLM, model: LoadedModel):
     found = research.run(llm, [A[0].tolist(), B[0, :7].tolist()], capture=["layers.*.resid_post"])
     lens = research.logit_lens(llm, found, best=3)
     assert lens.ids.shape == (2, 2, T, 3)
@@ -188,19 +191,17 @@ def test_the_lens_at_the_last_layer_is_the_model(path: Path):
         lens.of_next[-1], research.token_logprobs(found.logits, found.tokens), atol=1e-5
     )
     assert np.abs(lens.logprobs[0] - lens.logprobs[1]).max() > 0.1
-    wanted = llm.score([A[0].tolist()])[0].logprobs[1:]
-    np.testing.assert_allclose(lens.of_next[-1, 0], np.array(wanted, np.float32), atol=1e-4)
+    served = jax.nn.log_softmax(llm.logits(A[0].tolist()), axis=-1)
+    np.testing.assert_allclose(lens.of_next[-1, 0], served[np.arange(T - 1), A[0, 1:]], atol=1e-4)
     # a shorter prompt beside a longer one is as it is alone
-    alone = research.run(llm, B[0, :7].tolist(), capture=["layers.*.resid_post"])
+    alone = forward(model, B[:, :7], capture=["layers.*.resid_post"])
     np.testing.assert_allclose(found.logits[1, :7], alone.logits[0], atol=1e-5)
     np.testing.assert_allclose(
         found.last("layers.1.resid_post")[1], alone["layers.1.resid_post"][0, -1], atol=1e-5
     )
 
 
-def test_arrays_of_a_partial_compile_nothing_new(path: Path):
-    llm = LLM(path, dtype="float32", ctx_size=64)
-
+def test_arrays_of_a_partial_compile_nothing_new(llm: LLM, model: LoadedModel):
     def add(vector: jax.Array, x: jax.Array) -> jax.Array:
         return x + vector[None, None]
 
@@ -220,7 +221,23 @@ def test_arrays_of_a_partial_compile_nothing_new(path: Path):
         steered = logits(0.5)
     assert not compiled
     assert np.abs(steered - plain).max() > 0.1
-    np.testing.assert_allclose(plain, research.run(llm, A[0].tolist()).logits, atol=1e-6)
+    np.testing.assert_allclose(plain, forward(model, A).logits, atol=1e-6)
+
+
+def test_pictures_are_drawn(llm: LLM, seen: tuple[Forward, Forward], tmp_path: Path):
+    """Each another one; what cannot be drawn is said."""
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    research.plot_attention(llm, seen[0], 0, paths[0])
+    research.plot_attention(llm, seen[0], 1, paths[1], heads=[3])
+    research.plot_logprobs(llm, seen[0], paths[2])
+    assert len({path.read_bytes() for path in paths}) == 3
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    with pytest.raises(RequestError, match=r"heads is \[4\]; give some of 0 to 3"):
+        research.plot_attention(llm, seen[0], 0, paths[0], heads=[4])
+    with pytest.raises(RequestError, match="was not captured; give capture"):
+        research.plot_attention(llm, seen[0], 2, paths[0])
+    with pytest.raises(RequestError, match="must end with"):
+        research.plot_logprobs(llm, seen[0], tmp_path / "plot.gif")
 
 
 @pytest.mark.parametrize(

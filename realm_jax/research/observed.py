@@ -10,13 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
-from realm_jax.cache import Cache, Slots, Stepwise
+from realm_jax.cache import Cache, Rotation, Slots, Stepwise
+from realm_jax.errors import UnsupportedError
 from realm_jax.layers import Block, Where
 from realm_jax.model import Caches, Transformer
 from realm_jax.sequence_cache import SequenceCache
-
-INPUTS = {"mlp.down": "mlp.hidden"}
-"""Activations that are no module's output, by the module whose input they are."""
 
 See = Callable[[str, Array], Array]
 
@@ -50,7 +48,8 @@ class Observed(Transformer):
         x = see("resid_pre", x)
         watched = _Layer(see, x)
         with nn.intercept_methods(watched.intercept):
-            out: Any = block.apply({"params": params}, x, watch(cache, see), where)
+            kept = watch(cache, see, self.config.num_heads + 2 * self.config.num_kv_heads)
+            out: Any = block.apply({"params": params}, x, kept, where)
         return see("resid_post", watched.moved(out[0])), out[1].inner
 
     def __call__(
@@ -88,8 +87,9 @@ class _Layer:
     """The calls of one layer's modules."""
 
     def __init__(self, see: See, x: Array) -> None:
-        self._see, self._input = see, x
-        self._move: Array | None = None  # what an edit added to the residual between the layer's halves
+        self._see = see
+        self._read = [x]  # what is not the residual between the halves: the layer's input, and norms of it
+        self._move: Array | None = None  # what an edit added to the residual between the halves
 
     def intercept(
         self, call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
@@ -99,14 +99,17 @@ class _Layer:
         if not name or context.method_name != "__call__":
             return call(*args, **kwargs)
         first, *rest = args
-        if name in INPUTS:
-            first = self._see(INPUTS[name], first)
-        elif name == "mlp_norm" and first is not self._input:  # else both halves read what the layer got
+        if name.startswith("mlp") and name.endswith(".down"):
+            first = self._see(name.removesuffix("down") + "hidden", first)
+        elif name in ("mlp_norm", "mlp") and not any(first is x for x in self._read):
             first = self._between(first)
         out = call(first, *rest, **kwargs)
         if isinstance(out, tuple):
             return self._see(name, out[0]), *out[1:]
-        return self._see(name, out)
+        seen = self._see(name, out)
+        if name in ("attention_norm", "mlp_norm"):
+            self._read.append(seen)
+        return seen
 
     def _between(self, x: Array) -> Array:
         """The residual between the halves. The layer adds its second half to the one that it has: by what an
@@ -127,6 +130,15 @@ class ObservedCache(Stepwise):
 
     inner: Any
     see: See
+    heads: int  # queries, keys and values of a call
+
+    def extend(
+        self, heads: Array, turn: Rotation, slots: Slots, positions: Array, **how: Any
+    ) -> tuple[Array, Any]:
+        """As `Cache.extend`. Raises UnsupportedError where heads have no keys and values of their own."""
+        if heads.shape[2] != self.heads:
+            raise UnsupportedError("activations of latent attention cannot be seen; choose another model")
+        return super().extend(heads, turn, slots, positions, **how)
 
     @property
     def k(self) -> Array:
@@ -154,6 +166,6 @@ class ObservedSequence(ObservedCache):
         return self.inner.mix(self.see("attention.weights", self.inner.weights(q, **how)))
 
 
-def watch(cache: Cache, see: See) -> ObservedCache:
-    """The cache as `see` gets to know it."""
-    return (ObservedSequence if isinstance(cache, SequenceCache) else ObservedCache)(cache, see)
+def watch(cache: Cache, see: See, heads: int) -> ObservedCache:
+    """The cache as `see` gets to know it. heads: queries, keys and values of a call."""
+    return (ObservedSequence if isinstance(cache, SequenceCache) else ObservedCache)(cache, see, heads)
