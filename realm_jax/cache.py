@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from realm_jax.config import BLOCK, Kernels, LatentConfig, ModelConfig, Numerics
-from realm_jax.errors import UnsupportedError
+from realm_jax.config import BLOCK, Kernels, ModelConfig, Numerics
 from realm_jax.kernels import attention
 from realm_jax.kernels.native import calls
 from realm_jax.kernels.tiles import LANES
@@ -83,14 +82,18 @@ class Cache(Protocol):
 
 
 def empty_caches(model: ModelConfig, slots: int, capacity: int, numerics: Numerics) -> tuple[Cache, ...]:
-    """Caches of so many empty slots, one for each layer of a model.
-
-    Raises UnsupportedError for latent attention in int8.
-    """
+    """Caches of so many empty slots, one for each layer of a model."""
     shape = slots, model.num_kv_heads, capacity, model.head_dim
-    if model.latent is not None:
-        return tuple(_empty_latent_cache(shape, model.latent, numerics) for _ in model.layers)
+    if _is_latent(model, numerics.kv_dtype):
+        return tuple(
+            LatentCache(jnp.zeros(shape, _storage(numerics)), kernels=numerics.kernels) for _ in model.layers
+        )
     return tuple(empty_cache(shape, numerics, sinks=model.sinks) for _ in model.layers)
+
+
+def _is_latent(model: ModelConfig, kv_dtype: str) -> bool:
+    """Whether keys and values are kept as one; int8 codes have scales of their own for each."""
+    return model.latent is not None and kv_dtype != "int8"
 
 
 def empty_cache(shape: tuple[int, int, int, int], numerics: Numerics, *, sinks: bool = False) -> Cache:
@@ -109,14 +112,6 @@ def empty_cache(shape: tuple[int, int, int, int], numerics: Numerics, *, sinks: 
     return KVCache(jnp.zeros(shape, storage), jnp.zeros(shape, storage), kernels=numerics.kernels)
 
 
-def _empty_latent_cache(
-    shape: tuple[int, int, int, int], latent: LatentConfig, numerics: Numerics
-) -> "LatentCache":
-    if numerics.kv_dtype == "int8":
-        raise UnsupportedError("kv_dtype is 'int8', which latent attention has no cache for (use bfloat16)")
-    return LatentCache(jnp.zeros(shape, _storage(numerics)), latent.rope_dim, kernels=numerics.kernels)
-
-
 def _storage(numerics: Numerics) -> type:
     """bf16 is kept as its bits where XLA's CPU backend writes it, which widens an update of bf16 in place to
     a rewrite of the whole cache in float32, and leaves integers alone."""
@@ -128,7 +123,7 @@ def _storage(numerics: Numerics) -> type:
 def cached_bytes(model: ModelConfig, kv_dtype: str) -> int:
     """Bytes that the caches of all layers keep of one token."""
     head = {"int8": model.head_dim + 4, "bfloat16": 2 * model.head_dim, "float32": 4 * model.head_dim}
-    arrays = 2 if model.latent is None else 1
+    arrays = 1 if _is_latent(model, kv_dtype) else 2
     return arrays * model.num_layers * model.num_kv_heads * head[kv_dtype]
 
 
@@ -174,11 +169,13 @@ class KVCache(Stepwise):
 
 
 @struct.dataclass
-class LatentCache:
-    """One vector a token, which is the key of all heads and, without its turned part, their value."""
+class LatentCache(Stepwise):
+    """One vector a token, which is the key of all heads and their value, the key's turned part apart.
+
+    That part of what `attend` gives means nothing.
+    """
 
     k: jax.Array  # [S, 1, C, H]
-    turned: int = struct.field(pytree_node=False)  # dimensions that only keys have, the first ones
     kernels: Kernels = struct.field(pytree_node=False, default="xla")
 
     def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "LatentCache":
@@ -188,16 +185,7 @@ class LatentCache:
 
     def attend(self, q: Array, slots: Slots, positions: Array, **how: Any) -> Array:
         """As `Cache.attend`."""
-        kept = self.k, self.k, None, None
-        return attention(q, *kept, slots, positions, **how, kernels=self.kernels)[..., self.turned :]
-
-    def extend(
-        self, heads: Array, turn: Rotation, slots: Slots, positions: Array, **how: Any
-    ) -> "tuple[Array, LatentCache]":
-        """As `Cache.extend`; heads: queries, then the one key."""
-        heads = turn(heads)
-        cache = self.write(heads[:, :, -1:], heads[:, :, -1:], slots, positions)
-        return cache.attend(heads[:, :, :-1], slots, positions, **how), cache
+        return attention(q, self.k, self.k, None, None, slots, positions, **how, kernels=self.kernels)
 
 
 @struct.dataclass

@@ -19,6 +19,7 @@ from realm_jax.buckets import Pool
 from realm_jax.config import MAX_LORAS_PER_REQUEST, TILE, Numerics
 from realm_jax.lora.banked import AdapterRows
 from realm_jax.model import Caches, Transformer, hidden_states, next_token_logits
+from realm_jax.processors import UNCHANGED, EachRow, Unchanged, Written
 from realm_jax.sampling import TokenLogprobs, sample
 from realm_jax.sampling_rows import HostOrDevice, SamplingRows, TokenCounts
 from realm_jax.weights import Params
@@ -114,10 +115,14 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True)
 class Autoregressive:
-    """One token a step: row r is slot r, or idle."""
+    """One token a step: row r is slot r, or idle.
+
+    processor: what a user makes of the logits.
+    """
 
     model: Transformer
     numerics: Numerics
+    processor: EachRow | Unchanged = UNCHANGED
 
     def empty_state(self, pool: Pool) -> DecodeState:
         return DecodeState(
@@ -177,8 +182,11 @@ class Autoregressive:
             def count() -> TokenCounts:
                 return TokenCounts.of(history[tiles.slots], ends, ends, V)
 
+            def process(logits: Array) -> Array:
+                return self.processor(logits, lambda: Written(history[tiles.slots], ends, ends))
+
             return sample(
-                logits, tiles.sampling, count, ends, tiles.is_last, lambda: jnp.asarray(tiles.masks)
+                logits, tiles.sampling, count, ends, tiles.is_last, lambda: jnp.asarray(tiles.masks), process
             )
 
         return jax.lax.cond(
@@ -236,7 +244,12 @@ class Autoregressive:
         def count() -> TokenCounts:
             return TokenCounts.of(of_rows(history), sampling.prompt_length, at + 1, V)
 
-        chosen, logprobs = sample(logits, sampling, count, at + 1, active, lambda: of_rows(state.masks))
+        def process(logits: Array) -> Array:
+            return self.processor(logits, lambda: Written(of_rows(history), at + 1, sampling.prompt_length))
+
+        chosen, logprobs = sample(
+            logits, sampling, count, at + 1, active, lambda: of_rows(state.masks), process
+        )
         return replace(state, caches=caches, history=history), chosen, logprobs, hidden[:, 0]
 
 

@@ -1,5 +1,6 @@
 """LLM: the Python front. Every method enters the same engine."""
 
+import copy
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +16,11 @@ from realm_jax.config import EngineConfig
 from realm_jax.errors import RequestError
 from realm_jax.loading import LoadProgress, load_model
 from realm_jax.lora import read as read_adapter
+from realm_jax.model import Transformer
 from realm_jax.params import SamplingParams
+from realm_jax.processors import UNCHANGED, EachRow, Unchanged
 from realm_jax.programs import Programs
 from realm_jax.scoring import Score
-from realm_jax.serving.engine import Engine
 from realm_jax.serving.request import (
     Adapters,
     FinishReason,
@@ -81,28 +83,26 @@ class LLM:
         )
         self.tokenizer = self.model.tokenizer
         self.transformer = self.model.transformer
-        strategy, params, drafting = speculation.choose_strategy(
-            self.engine_config, self.model, self.draft, spec_type
-        )
-        self.engine = Engine(
-            strategy,
-            self.transformer,
-            params,
-            self.tokenizer,
-            context=self.model.context,
-            config=self.engine_config,
-            numerics=self.model.numerics,
-            placement=self.model.placement,
-            spare=(self.draft or self.model).spare,
-            drafting=drafting,
-            programs=programs,
-            on_compile=on_compile,
-        )
+        self._parts = speculation.Parts(self.engine_config, self.model, self.draft, spec_type, on_compile)
+        self.processor: EachRow | Unchanged = UNCHANGED
+        self.engine = self._parts.engine(self.transformer, programs)
         self._new_seed = runtime.seeds(self.model.placement.is_shared)
         self._ids = itertools.count()
         self._mailboxes: dict[str, deque[TextDelta]] = {}  # by request
         for name, adapter in (lora or {}).items():
             self.load_adapter(name, adapter)
+
+    def variant(self, transformer: Transformer, processor: EachRow | Unchanged) -> "LLM":
+        """An LLM of the same weights and adapters, with an engine of its own that computes by these.
+
+        Its programs are compiled anew and not kept on disk. See `realm_jax.research.variant`.
+        """
+        made = copy.copy(self)
+        made.transformer, made.processor, made._mailboxes = transformer, processor, {}
+        made.engine = self._parts.engine(transformer, Programs(), processor)
+        for name, adapter in self.engine.adapters.named.items():
+            made.engine.load_adapter(name, adapter)
+        return made
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Calls may name the adapter, a GGUF or PEFT file or folder.
@@ -134,7 +134,7 @@ class LLM:
         template is applied. params: one for all, or one per prompt. lora: None, an adapter's name, or a list
         of (name, scale); or a list of these, one per prompt.
         """
-        batch = _as_batch(prompts)
+        batch = as_batch(prompts)
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
             raise RequestError(
@@ -195,7 +195,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], *, lora: Adapters | Sequence[Adapters] = None
     ) -> Float[np.ndarray, "N D"]:
         """Each prompt's embedding: the mean of its tokens' hidden states after the last norm, of length 1."""
-        batch, params = _as_batch(prompts), SamplingParams(max_tokens=0)
+        batch, params = as_batch(prompts), SamplingParams(max_tokens=0)
         adapters = each_adapters(lora, len(batch))
         requests = [
             replace(self._request(self.prompt_ids(prompt), params, mine), embeds=True)
@@ -212,7 +212,7 @@ class LLM:
         Tokens that prompts have in common at their beginnings are computed once. Text continues text:
         the continuation is what both together have after the prompt's tokens, and a token that spans both.
         """
-        batch = _as_batch(prompts)
+        batch = as_batch(prompts)
         if continuations is None:
             pairs = [(tuple(self.prompt_ids(prompt)), []) for prompt in batch]
         elif len(continuations) != len(batch):
@@ -311,7 +311,7 @@ def _score(output: GenerationOutput, start: int) -> Score:
     )
 
 
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts; a string or a list of token ids is one prompt."""
     if isinstance(prompts, str):
         return [prompts]

@@ -47,10 +47,21 @@ class Transformer(nn.Module):
         written = []
         for i, (kind, cache) in enumerate(zip(c.layers, caches, strict=True)):
             block = self.block(c, kind, parent=None)
-            x, new = _apply_block(block, self.get_variable("params", f"layer_{i}"), x, cache, where)
+            x, new = self.layer(i, block, self.get_variable("params", f"layer_{i}"), x, cache, where)
             written.append(new)
-        norm = Norm(c.norm_eps, parent=None)
-        return norm.apply({"params": self.get_variable("params", "norm")}, x), tuple(written)  # pyright: ignore[reportReturnType]
+        return self.normalized(x), tuple(written)
+
+    @nn.nowrap
+    def layer(
+        self, index: int, block: Block, params: Any, x: Array, cache: Cache, where: Where
+    ) -> tuple[Array, Cache]:
+        """What the layer of this index makes of x; research sees and changes what goes through it here."""
+        return _apply_block(block, params, x, cache, where)
+
+    def normalized(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+        """What the last block gave, after the last norm."""
+        norm = Norm(self.config.norm_eps, parent=None)
+        return norm.apply({"params": self.get_variable("params", "norm")}, x)  # pyright: ignore[reportReturnType]
 
     def logits(self, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
         """Scores of the next token, float32."""

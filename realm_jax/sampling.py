@@ -47,18 +47,21 @@ def sample(
     positions: Int[Array, "R"],
     active: Bool[Array, "R"],
     masks: Callable[[], UInt32[Array, "R W"]],
+    process: Callable[[Array], Array] = lambda logits: logits,
 ) -> tuple[Int[Array, "R"], TokenLogprobs]:
     """The token of each row, and its log-probability where any row asked for one.
 
     positions: where the tokens will stand. count: the tokens that each row has seen, asked for only if a
     row is adjusted. masks: a bit for each token that may come, asked for only if a row's answer has a form.
+    process: what a user makes of the logits before all else.
     Stages that no active row uses are skipped; what an inactive row gets is garbage.
     """
     is_early = positions < rows.prompt_length + rows.min_tokens
+    own = process(logits)
     possible = jax.lax.cond(
         jnp.any(active & rows.has_form),
-        lambda: jnp.where(rows.has_form[:, None] & ~_bits(masks(), logits.shape[1]), -jnp.inf, logits),
-        lambda: logits,
+        lambda: jnp.where(rows.has_form[:, None] & ~_bits(masks(), own.shape[1]), -jnp.inf, own),
+        lambda: own,
     )
     adjusted = jax.lax.cond(
         jnp.any(active & (is_early | _is_adjusted(rows))),

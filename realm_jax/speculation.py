@@ -1,6 +1,7 @@
-"""Which strategy a run has: plain decoding, or a drafter beside it, if that fits the model."""
+"""Which strategy a run has: plain decoding, or a drafter beside it, if that fits the model; its engine."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from realm_jax.config import EngineConfig
@@ -8,7 +9,11 @@ from realm_jax.decoding import Autoregressive, Strategy
 from realm_jax.drafters import Drafter, DraftModel, NGram
 from realm_jax.errors import CapacityError, RealmError, RequestError, UnsupportedError
 from realm_jax.loading import LoadedModel, LoadProgress, load_model
+from realm_jax.model import Transformer
+from realm_jax.processors import UNCHANGED, EachRow, Unchanged
+from realm_jax.programs import Programs
 from realm_jax.serving.drafting import Drafting
+from realm_jax.serving.engine import Engine
 from realm_jax.speculative import Speculative
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
@@ -43,23 +48,51 @@ def load_draft(
         raise type(error)(f"the draft model: {error}") from error
 
 
-def choose_strategy(
-    config: EngineConfig, target: LoadedModel, draft: LoadedModel | None, spec_type: str
-) -> tuple[Strategy, Params, Drafting | None]:
-    """The strategy, the params that it takes, and who decides how much is guessed.
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of, whoever computes with it."""
 
-    Raises UnsupportedError for a draft model whose vocabulary or context is not the target's.
-    """
-    plain = Autoregressive(target.transformer, target.numerics)
-    if spec_type == "none":
-        return plain, target.params, None
-    drafter: Drafter = NGram()
-    params = target.params
-    if draft is not None:
-        check_vocabulary(target.tokenizer, draft.tokenizer, draft.path.name)
-        drafter = DraftModel(draft.transformer, draft.numerics, target.config.vocab_size)
-        params = params | {"draft": draft.params}
-    return Speculative(plain, drafter), params, Drafting(config.spec_tokens, is_free=drafter.is_free)
+    config: EngineConfig
+    target: LoadedModel
+    draft: LoadedModel | None
+    spec_type: str
+    on_compile: Callable[[str], None] | None
+
+    def engine(
+        self, model: Transformer, programs: Programs, processor: EachRow | Unchanged = UNCHANGED
+    ) -> Engine:
+        """An engine of these weights, computed by the model.
+
+        Raises UnsupportedError for a draft model whose vocabulary or context is not the target's.
+        """
+        strategy, params, drafting = self._strategy(Autoregressive(model, self.target.numerics, processor))
+        return Engine(
+            strategy,
+            model,
+            params,
+            self.target.tokenizer,
+            context=self.target.context,
+            config=self.config,
+            numerics=self.target.numerics,
+            placement=self.target.placement,
+            spare=(self.draft or self.target).spare,
+            drafting=drafting,
+            programs=programs,
+            on_compile=self.on_compile,
+        )
+
+    def _strategy(self, plain: Autoregressive) -> tuple[Strategy, Params, Drafting | None]:
+        """The strategy, the params that it takes, and who decides how much is guessed."""
+        target, draft = self.target, self.draft
+        if self.spec_type == "none":
+            return plain, target.params, None
+        drafter: Drafter = NGram()
+        params = target.params
+        if draft is not None:
+            check_vocabulary(target.tokenizer, draft.tokenizer, draft.path.name)
+            drafter = DraftModel(draft.transformer, draft.numerics, target.config.vocab_size)
+            params = params | {"draft": draft.params}
+        return Speculative(plain, drafter), params, Drafting(self.config.spec_tokens, is_free=drafter.is_free)
 
 
 def check_vocabulary(target: Tokenizer, draft: Tokenizer, name: str) -> None:

@@ -29,8 +29,8 @@ SHAPED = (
         "native_nodes",
         "nodes",
     ),
-    *("projections", "quant", "rope", "sampling", "sampling_rows", "scoring", "speculative", "training"),
-    "weights",
+    *("projections", "quant", "research", "rope", "sampling", "sampling_rows", "scoring", "sequence_cache"),
+    *("speculative", "training", "weights"),
 )
 """The modules whose functions take arrays; in the others these checks took most of the time of long tests."""
 install_import_hook([f"realm_jax.{name}" for name in SHAPED], "runtime_types.check")

@@ -22,7 +22,7 @@ from realm_jax.errors import RequestError
 from realm_jax.kernels import matmul
 from realm_jax.loading import LoadedModel
 from realm_jax.model import Transformer, hidden_states
-from realm_jax.training.attention import SequenceCache
+from realm_jax.sequence_cache import SequenceCache
 from realm_jax.weights import Params
 
 CHUNK = 512

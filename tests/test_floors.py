@@ -34,6 +34,8 @@ FLOORS = {
         "cache",
         "sampling",
         "sampling_rows",
+        "sequence_cache",
+        "processors",
     }
     | {"tokenizer", "grammars", "chat", "tools", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
@@ -129,6 +131,9 @@ WITHIN_A_FLOOR = {
     ("perplexity", "llm"),
     ("buckets", "config"),
     ("cache", "kernels"),
+    ("sequence_cache", "cache"),
+    ("sequence_cache", "kernels"),
+    ("research", "llm"),
     ("serving.transcript", "serving.request"),
     ("serving.serve_config", "serving.model_entries"),
     ("serving.batch", "llm"),

@@ -19,7 +19,7 @@ from realm_jax.loading import LoadedModel, load_model
 from realm_jax.lora.nodes import Adapted, Delta
 from realm_jax.model import Transformer
 from realm_jax.nodes import Dense, Quantized
-from realm_jax.training.attention import SequenceCache
+from realm_jax.sequence_cache import SequenceCache
 from realm_jax.training.blocks import CheckpointedBlock
 from realm_jax.training.loss import summed_loss
 from realm_jax.training.settings import TrainingConfig

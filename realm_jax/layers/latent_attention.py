@@ -15,7 +15,7 @@ from realm_jax.layers.projection import Linear, Norm, Where, weight
 
 
 class LatentAttention(nn.Module):
-    """Attention whose keys and values are latent vectors; the turned dimensions come first."""
+    """Attention whose one key and value is the latent vector, after the turned dimensions."""
 
     config: ModelConfig
     kind: LayerKind
@@ -30,8 +30,11 @@ class LatentAttention(nn.Module):
         plain, turned = jnp.split(self._queries(x), (latent.plain_dim,), axis=-1)
         inner = plain @ weight(self, "k_up", (c.num_heads, latent.plain_dim, latent.rank))
         vector, key = jnp.split(Linear(c.head_dim, name="kv_down")(x), (latent.rank,), axis=-1)
-        shared = jnp.concatenate([key, Norm(c.norm_eps, name="kv_norm")(vector)], axis=-1)
-        heads = jnp.concatenate([jnp.concatenate([turned, inner], axis=-1), shared[:, :, None]], axis=2)
+        vector = Norm(c.norm_eps, name="kv_norm")(vector)
+        one = jnp.stack(
+            [jnp.concatenate([each, vector], axis=-1) for each in (key, jnp.zeros_like(key))], axis=2
+        )
+        heads = jnp.concatenate([jnp.concatenate([turned, inner], axis=-1), one], axis=2)
         out, cache = cache.extend(
             heads,
             where.rotations[self.kind.rope],
@@ -41,7 +44,8 @@ class LatentAttention(nn.Module):
             softcap=c.attention_softcap,
             window=self.kind.window,
         )
-        values = out @ weight(self, "v_up", (c.num_heads, latent.rank, latent.value_dim))
+        mixed = out[..., latent.rope_dim :]
+        values = mixed @ weight(self, "v_up", (c.num_heads, latent.rank, latent.value_dim))
         return Linear(D, name="out")(values.reshape(B, T, -1)), cache
 
     def _queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N dims"]:

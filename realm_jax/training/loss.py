@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from realm_jax.model import Transformer, hidden_states, next_token_logits
-from realm_jax.training.attention import SequenceCache
+from realm_jax.sequence_cache import SequenceCache
 from realm_jax.weights import Params
 
 LOGITS = 1 << 25

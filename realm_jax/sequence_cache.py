@@ -1,4 +1,4 @@
-"""The cache of training: a sequence's own keys and values, and the plain formula over them.
+"""The cache of training and research: a sequence's own keys and values, and the plain formula over them.
 
 B rows, T tokens, N query heads, K kv heads, H head dim.
 """
@@ -43,6 +43,18 @@ class SequenceCache(Stepwise):
         sinks: Float[Array, "N"] | None = None,
     ) -> Float[Array, "B T N H"]:
         """As `Cache.attend`, in float32."""
+        return self.mix(self.weights(q, scale=scale, softcap=softcap, window=window, sinks=sinks))
+
+    def weights(
+        self,
+        q: Float[Array, "B T N H"],
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: Float[Array, "N"] | None = None,
+    ) -> Float[Array, "B N T T"]:
+        """How much each query takes of each position: rows that add up to 1, or less beside a sink."""
         B, T, N, H = q.shape
         grouped = q.reshape(B, T, self.k.shape[1], -1, H)
         scores = product("btkgh,bksh->bkgts", grouped, self.k) * scale
@@ -52,8 +64,14 @@ class SequenceCache(Stepwise):
         if sinks is not None:  # one more position, whose weight is then left out
             sink = jnp.broadcast_to(sinks.reshape(1, self.k.shape[1], -1, 1, 1), (*scores.shape[:-1], 1))
             scores = jnp.concatenate([scores, sink], axis=-1)
-        weights = jax.nn.softmax(scores, axis=-1)[..., :T]
-        return product("bkgts,bksh->btkgh", weights, self.v).reshape(B, T, N, H)
+        return jax.nn.softmax(scores, axis=-1)[..., :T].reshape(B, N, T, T)
+
+    def mix(self, weights: Float[Array, "B N T T"]) -> Float[Array, "B T N H"]:
+        """The values, each as much as the weights say."""
+        B, N, T, _ = weights.shape
+        K, H = self.v.shape[1], self.v.shape[3]
+        mixed = product("bkgts,bksh->btkgh", weights.reshape(B, K, N // K, T, T), self.v)
+        return mixed.reshape(B, T, N, H)
 
 
 def _visible(T: int, window: int | None) -> Bool[Array, "T T"]:

@@ -1,0 +1,171 @@
+"""A Transformer whose layers show a probe what goes through them.
+
+There is one definition of the model: names are those of its modules, and a layer's arithmetic is its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Int
+
+from realm_jax.cache import Cache, Rotation, Slots, Stepwise
+from realm_jax.errors import UnsupportedError
+from realm_jax.layers import Block, Where
+from realm_jax.model import Caches, Transformer
+from realm_jax.sequence_cache import SequenceCache
+
+See = Callable[[str, Array], Array]
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Who sees activations by name, and may change them; see `Probe`."""
+
+    def see(self, name: str, x: Array, positions: Array) -> Array: ...
+
+
+class Observed(Transformer):
+    """As `Transformer`, with an observer.
+
+    Not for a program's static argument unless the observer can be one.
+    """
+
+    observer: Any = None
+
+    @nn.nowrap
+    def layer(
+        self, index: int, block: Block, params: Any, x: Array, cache: Cache, where: Where
+    ) -> tuple[Array, Cache]:
+        """As `Transformer.layer`, traced for this layer alone: the observer is in no cache of programs."""
+
+        def see(name: str, value: Array) -> Array:
+            return self.observer.see(f"layers.{index}.{name}", value, where.positions)
+
+        if index == 0:
+            x = self.observer.see("embedding", x, where.positions)
+        x = see("resid_pre", x)
+        watched = _Layer(see, x)
+        with nn.intercept_methods(watched.intercept):
+            kept = watch(cache, see, self.config.num_heads + 2 * self.config.num_kv_heads)
+            out: Any = block.apply({"params": params}, x, kept, where)
+        return see("resid_post", watched.moved(out[0])), out[1].inner
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        caches: Caches,
+        slots: Int[Array, "B"] | None,
+    ) -> tuple[Float[Array, "B T D"], Caches]:
+        """As `Transformer.__call__`."""
+        hidden, caches = super().__call__(tokens, positions, caches, slots)
+        return self.observer.see("norm", hidden, positions), caches
+
+
+def observed(model: Transformer, observer: Observer) -> Observed:
+    """The model with this observer, after the one that it has, if it has one."""
+    if isinstance(model, Observed):
+        observer = InTurn(model.observer, observer)
+    return Observed(model.config, model.block, observer=observer)
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Two observers: the second sees what the first made."""
+
+    first: Any
+    second: Any
+
+    def see(self, name: str, x: Array, positions: Array) -> Array:
+        """As `Observer.see`."""
+        return self.second.see(name, self.first.see(name, x, positions), positions)
+
+
+class _Layer:
+    """The calls of one layer's modules."""
+
+    def __init__(self, see: See, x: Array) -> None:
+        self._see = see
+        self._read = [x]  # what is not the residual between the halves: the layer's input, and norms of it
+        self._move: Array | None = None  # what an edit added to the residual between the halves
+
+    def intercept(
+        self, call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        """The module's result, what goes in and out of it seen."""
+        name = ".".join(context.module.path)
+        if not name or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        first, *rest = args
+        if name.startswith("mlp") and name.endswith(".down"):
+            first = self._see(name.removesuffix("down") + "hidden", first)
+        elif name in ("mlp_norm", "mlp") and not any(first is x for x in self._read):
+            first = self._between(first)
+        out = call(first, *rest, **kwargs)
+        if isinstance(out, tuple):
+            return self._see(name, out[0]), *out[1:]
+        seen = self._see(name, out)
+        if name in ("attention_norm", "mlp_norm"):
+            self._read.append(seen)
+        return seen
+
+    def _between(self, x: Array) -> Array:
+        """The residual between the halves. The layer adds its second half to the one that it has: by what an
+        edit moved it, the sum is moved at the end."""
+        edited = self._see("resid_mid", x)
+        if edited is not x:
+            self._move = edited - x
+        return edited
+
+    def moved(self, y: Array) -> Array:
+        """The layer's output with what an edit added in between."""
+        return y if self._move is None else y + self._move
+
+
+@dataclass(frozen=True)
+class ObservedCache(Stepwise):
+    """A cache of serving whose queries, keys, values and results are seen."""
+
+    inner: Any
+    see: See
+    heads: int  # queries, keys and values of a call
+
+    def extend(
+        self, heads: Array, turn: Rotation, slots: Slots, positions: Array, **how: Any
+    ) -> tuple[Array, Any]:
+        """As `Cache.extend`. Raises UnsupportedError where heads have no keys and values of their own."""
+        if heads.shape[2] != self.heads:
+            raise UnsupportedError("activations of latent attention cannot be seen; choose another model")
+        return super().extend(heads, turn, slots, positions, **how)
+
+    @property
+    def k(self) -> Array:
+        """The keys that stand in the cache."""
+        return self.inner.k
+
+    def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "ObservedCache":
+        """As `Cache.write`."""
+        k, v = self.see("attention.k", k), self.see("attention.v", v)
+        return replace(self, inner=self.inner.write(k, v, slots, positions))
+
+    def attend(self, q: Array, slots: Slots, positions: Array, **how: Any) -> Array:
+        """As `Cache.attend`."""
+        q = self.see("attention.q", q)
+        return self.see("attention.heads", self._attend(q, slots, positions, **how))
+
+    def _attend(self, q: Array, slots: Slots, positions: Array, **how: Any) -> Array:
+        return self.inner.attend(q, slots, positions, **how)
+
+
+class ObservedSequence(ObservedCache):
+    """A sequence's own keys and values, whose attention is a plain formula: the weights are seen, too."""
+
+    def _attend(self, q: Array, slots: Slots, positions: Array, **how: Any) -> Array:
+        return self.inner.mix(self.see("attention.weights", self.inner.weights(q, **how)))
+
+
+def watch(cache: Cache, see: See, heads: int) -> ObservedCache:
+    """The cache as `see` gets to know it. heads: queries, keys and values of a call."""
+    return (ObservedSequence if isinstance(cache, SequenceCache) else ObservedCache)(cache, see, heads)
