@@ -45,9 +45,15 @@ FILES: dict[str, object] = {
     "answer.gbnf": 'root ::= "yes" | "no"\n',
 }
 """Name -> text, rows of JSON, or JSON. A page that names another file adds it here."""
-DEFAULTS = {"REALM_MAX_TOKENS": "8", "REALM_CTX_SIZE": "512"}
-"""Where a command does not say otherwise: a model of random weights seldom ends an answer."""
-QUICK = {"bench": "repetitions = 1", "lora train": "steps = 2\nbatch-size = 4\nrank = 4"}
+SMALL: dict[str, Any] = {"ctx_size": 512, "max_num_seqs": 4}
+"""Of an `LLM` that does not say otherwise, so that commands and programs share what is compiled."""
+DEFAULTS = {"REALM_MAX_TOKENS": "8", "REALM_CTX_SIZE": str(SMALL["ctx_size"])}
+"""Of commands that do not say otherwise: a model of random weights seldom ends an answer."""
+QUICK = {
+    "batch": "max-num-seqs = 4",
+    "bench": "repetitions = 1",
+    "lora train": "steps = 2\nbatch-size = 4\nrank = 4",
+}
 """By command, a file for --config: less of the same work. A flag in the page wins over it."""
 TYPED = "Name a river.\n/reset\n"
 ADDRESS = re.compile(r"(?:localhost|127\.0\.0\.1):8000")
@@ -110,7 +116,7 @@ class Sandbox:
         """HOST:PORT of a server of the model, which is started for the first who asks."""
         if self._server is None:
             poet = {"poet": self._models_folder / "poet.gguf"}
-            llm = LLM(self._models_folder / "model.gguf", ctx_size=256, max_num_seqs=4, lora=poet)
+            llm = LLM(self._models_folder / "model.gguf", lora=poet, **SMALL)
             self._server = self._stack.enter_context(running(llm, names=(hub.DEFAULT_MODEL,)))
         return self._server.address.removeprefix("http://")
 
@@ -123,8 +129,19 @@ class Sandbox:
         for name, value in FILES.items():
             (folder / name).write_text(_written(name, value), "utf-8")
         known = mock.patch.dict(hub.known_models(), {hub.DEFAULT_MODEL: self._default})
-        with contextlib.chdir(folder), mock.patch.dict(os.environ, self.environment), known:
+        with contextlib.chdir(folder), mock.patch.dict(os.environ, self.environment), known, _small_engines():
             yield Page(self, folder)
+
+
+@contextlib.contextmanager
+def _small_engines() -> Iterator[None]:
+    original = LLM.__init__
+
+    def begin(llm: LLM, model: str | Path | None = None, **options: Any) -> None:
+        original(llm, model, **(SMALL | options))
+
+    with mock.patch.object(LLM, "__init__", begin):
+        yield
 
 
 def _written(name: str, value: object) -> str:

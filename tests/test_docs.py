@@ -123,7 +123,7 @@ def test_a_marker_needs_a_reason_and_a_block_needs_an_end(text: str):
 
 def test_the_site_builds_without_warnings_and_has_every_public_name(tmp_path: Path):
     """As scripts/docs builds it. Every page of docs/ is in the navigation, or MkDocs warns."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
