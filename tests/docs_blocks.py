@@ -4,6 +4,9 @@ A fenced block of `console` (commands after `$ `), `sh` or `python` is run. A co
 
     <!-- not run: REASON -->                  the whole block
     <!-- not run "realm eval": REASON -->     the commands that begin so
+
+A comment whose first line is `<!-- setup` and whose last is `-->` holds Python that readers need not see: it
+is run where it stands, so that what follows has the names that it uses.
 """
 
 import re
@@ -16,6 +19,7 @@ from pathlib import Path
 RUN = {"console", "sh", "python"}
 OTHER_SPELLINGS = {"bash", "shell", "shell-session", "zsh", "terminal", "py", "pycon", "python3"}
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,}) *(?P<language>[\w-]*)[^`]*$")
+SETUP, SETUP_END = "<!-- setup", re.compile(r" *--> *")
 MARKER = re.compile(r'<!--\s*not run(?:\s+"(?P<prefix>[^"]+)")?:\s*(?P<reason>.*?)\s*-->')
 SHORTEST_REASON = 10  # characters
 
@@ -100,8 +104,12 @@ def blocks(page: str, text: str) -> list[Block]:
     for i in numbers:
         if "<!--" in lines[i] and "not run" in lines[i]:
             exempt += _exemptions(page, i + 1, lines[i])
+        elif lines[i].strip() == SETUP:
+            inside = _inside(page, i, lines, SETUP_END, numbers)
+            found.append(Block(page, i + 2, "python", textwrap.dedent("\n".join(inside)), ()))
         elif fence := FENCE.match(lines[i]):
-            inside = list(_inside(page, i, lines, fence, numbers))
+            end = re.compile(rf" *{fence['ticks'][0]}{{{len(fence['ticks'])},}} *")
+            inside = list(_inside(page, i, lines, end, numbers))
             language = fence["language"].lower()
             if language in OTHER_SPELLINGS:
                 raise PageError(f"{page}:{i + 1}: a block of {language!r}; write console, sh or python")
@@ -125,11 +133,11 @@ def _exemptions(page: str, line: int, text: str) -> list[Exempt]:
 
 
 def _inside(
-    page: str, start: int, lines: list[str], fence: re.Match[str], numbers: Iterator[int]
+    page: str, start: int, lines: list[str], end: re.Pattern[str], numbers: Iterator[int]
 ) -> Iterator[str]:
-    """The lines up to the end of the fence, which are taken from the numbers."""
+    """The lines up to the one that is the end, which are taken from the numbers."""
     for i in numbers:
-        if re.fullmatch(rf" *{fence['ticks'][0]}{{{len(fence['ticks'])},}} *", lines[i]):
+        if end.fullmatch(lines[i]):
             return
         yield lines[i]
     raise PageError(f"{page}:{start + 1}: the block does not end")

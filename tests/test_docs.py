@@ -102,6 +102,30 @@ $ cat no-such-file
     assert [each.split(": ")[0] for each in found] == ["page:4", "page:9", "page:12"], found
 
 
+def test_names_and_files_last_for_a_page(sandbox: Sandbox, tmp_path: Path):
+    """What a reader need not see is run as well, and what is exempt is not."""
+    text = """<!-- setup
+x = 1
+-->
+```python
+import pathlib
+pathlib.Path("made").write_text(str(x))
+```
+```sh
+test "$(cat made)" = 1
+```
+<!-- not run: it would fail -->
+```python
+raise ValueError
+```
+<!-- setup
+x = missing
+-->
+"""
+    (found,) = failures(sandbox, tmp_path / "page", "page", text)
+    assert found.startswith("page:16: NameError")
+
+
 @pytest.mark.parametrize(
     "text",
     [
