@@ -48,8 +48,15 @@ def processor(logits: jax.Array, written: Written) -> jax.Array:
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """One that guesses: each row of a step must know the guesses before it."""
     path = write_model(tmp_path_factory.mktemp("variants") / "tiny.gguf", seed=1)
-    few = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "spec_tokens": 3}
-    return LLM(path, dtype="float32", ctx_size=64, spec_type="ngram", **few)
+    return LLM(
+        path,
+        dtype="float32",
+        ctx_size=64,
+        max_num_seqs=2,
+        max_num_batched_tokens=64,
+        spec_type="ngram",
+        spec_tokens=3,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -102,9 +102,10 @@ def plot_logprobs(llm: LLM, found: Forward, path: str | Path, *, row: int = 0) -
 
 
 def shown(llm: LLM, ids: Sequence[int] | np.ndarray) -> list[str]:
-    """Each token as a picture shows it: spaces and line ends visible, no character that starts a formula."""
-    texts = (llm.tokenizer.decode([int(i)]) for i in ids)
-    return [text.replace(" ", "·").replace("\\n", "↵").replace("$", r"\\$") for text in texts]
+    """Each token as a picture shows it: spaces and line ends visible, and nothing that starts a formula."""
+    texts = (llm.tokenizer.decode([int(i)], continues=True) for i in ids)
+    marked = (text.replace(" ", "·").replace("\n", "↵").replace("$", r"\$") for text in texts)
+    return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) for text in marked]
 
 
 def _label(axes: Any, side: str, texts: Sequence[str]) -> None:
