@@ -165,6 +165,38 @@ def test_a_model_that_is_never_idle_does_not_keep_another_out() -> None:
     asyncio.run(run())
 
 
+def test_who_leaves_as_the_model_comes_holds_nothing() -> None:
+    """And who comes as the idle model is about to leave keeps it."""
+
+    async def run() -> None:
+        pool, attached, _ = pool_of(4, idle_seconds=0.01)
+        (only,) = pool.models
+        grant = pool._grant
+
+        def leave(model: PooledModel) -> None:
+            grant(model)
+            client.cancel()
+
+        pool._grant = leave
+        client = asyncio.ensure_future(pool.acquire(only))
+        await asyncio.gather(client, return_exceptions=True)
+        assert client.cancelled() and only.users == 0
+        pool._grant = grant
+        await ended(lambda: not attached)
+
+        async with pool.using(only):
+            pass
+        async with pool._turn:
+            await asyncio.sleep(0.03)  # its time is over, and something else is loaded
+            await pool.acquire(only)
+        await asyncio.sleep(0.03)
+        assert attached and only.is_open, "it has a user"
+        pool.release(only)
+        pool.close()
+
+    asyncio.run(run())
+
+
 def test_a_failure_is_for_those_who_waited_and_the_next_may_succeed() -> None:
     async def run() -> None:
         pool, attached, (good, bad) = pool_of(4, 4, memory=10)
@@ -238,3 +270,46 @@ def test_a_name_finds_its_model_for_those_who_may_use_it() -> None:
     assert tenant_for(pool.models[0], own, pool.models).default_adapter is None
     unknown = Tenant("unknown", adapters=("x",), default_adapter="x")  # refused with the request, as ever
     assert tenant_for(pool.models[0], unknown, pool.models).default_adapter == "x"
+
+
+class CountedEngine:
+    """An engine that notes its steps, so many of them."""
+
+    def __init__(self, name: str, left: int, steps: list[str]) -> None:
+        self._name, self._left, self._steps = name, left, steps
+        self.scheduler = SimpleNamespace(slots=SimpleNamespace(taken=tuple), num_waiting=0)
+
+    @property
+    def has_work(self) -> bool:
+        return self._left > 0
+
+    def step(self) -> list[Any]:
+        self._left -= 1
+        self._steps.append(self._name)
+        return []
+
+
+def test_engines_that_have_work_take_turns() -> None:
+    steps: list[str] = []
+
+    class Observer:
+        def on_load(self, model: str, running: int, waiting: int) -> None:
+            pass
+
+        def on_delta(self, delta: Any, model: str, tenant: str, adapter: str) -> None:
+            pass
+
+    async def run() -> None:
+        thread, more = EngineThread(Observer()), {"a": 40, "b": 20, "idle": 0}
+        for name, left in more.items():
+            llm = SimpleNamespace(engine=CountedEngine(name, left, steps))
+            attaching.append(asyncio.ensure_future(thread.attach(name, cast(LLM, llm))))
+        await asyncio.sleep(0)  # all are in the queue before the thread reads it
+        thread.start()
+        await asyncio.gather(*attaching)
+        await ended(lambda: len(steps) == 60)
+        assert thread.stop()
+
+    attaching: list[asyncio.Future[None]] = []
+    asyncio.run(run())
+    assert steps == ["a", "b"] * 20 + ["a"] * 20
