@@ -245,14 +245,14 @@ def _failure(step: Callable[..., None], *arguments: object) -> list[str]:
 def _ends_when_ready() -> Iterator[list[bool]]:
     """A server that is started inside drains as soon as it serves; the list says that it did."""
     was_ready: list[bool] = []
-    original = RealmServer._ready
+    original = RealmServer._start
 
-    def ready(server: RealmServer) -> None:
-        original(server)
-        was_ready.append(True)
+    async def start(server: RealmServer) -> None:
+        await original(server)
+        was_ready.append(server.service.is_ready)
         server.drain()
 
-    with mock.patch.object(RealmServer, "_ready", ready):
+    with mock.patch.object(RealmServer, "_start", start):
         yield was_ready
 
 
