@@ -5,11 +5,13 @@ An entry of `ARCHITECTURES` states facts; `read_config` and `parameters` apply t
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from realm_jax.config import Activation, LayerKind, ModelConfig, MoEConfig, RopeConfig
+from realm_jax.config import Activation, DeltaNetConfig, LayerKind, ModelConfig, MoEConfig, RopeConfig
 from realm_jax.errors import ModelFileError, UnsupportedError
 from realm_jax.gguf import GGUFFile
+from realm_jax.hybrid_metadata import hybrid_kinds
 from realm_jax.metadata import Metadata
 
 MAX_EXPERTS = 1 << 15  # of all layers; each is an entry of the params tree before a tensor is looked at
@@ -22,6 +24,8 @@ class Architecture:
     local_rope_base: windowed layers rotate with a base of their own, unscaled, unless a key says else.
     window_pattern: layer % n < n - 1 is windowed; None = `sliding_window` is ignored.
     scale_by_width: (num_layers, ...) whose attention scale is (hidden / heads)**-0.5, as in 27B Gemmas.
+    value_heads: of gated delta nets, whose value heads are "tiled" over the key heads or "grouped" by them.
+    mlp_norm: what the norm before the feed-forward layer is called.
     """
 
     interleaved_rope: bool = False
@@ -38,6 +42,8 @@ class Architecture:
     logit_softcap: float | None = None
     scale_by_width: tuple[int, ...] = ()
     experts: bool = False
+    value_heads: Literal["tiled", "grouped"] | None = None
+    mlp_norm: str = "ffn_norm"
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -64,6 +70,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         scale_by_width=(62,),
     ),
     "phi3": Architecture(fused=True),
+    "qwen35": Architecture(qk_norm=True, value_heads="tiled", mlp_norm="post_attention_norm"),
 }
 
 
@@ -82,7 +89,10 @@ def read_config(file: GGUFFile) -> ModelConfig:
     arch = ARCHITECTURES[name]
     heads = meta.count("attention.head_count", 1 << 14)
     hidden = meta.count("embedding_length", 1 << 20)
-    layers = meta.count("block_count", max(1, len(file.tensors)))  # each layer has tensors
+    unused = meta.count("nextn_predict_layers", 16, default=0)
+    layers = meta.count("block_count", max(1, len(file.tensors))) - unused  # each layer has tensors
+    if layers < 1:
+        raise ModelFileError(f"{source}: {name}.nextn_predict_layers is {unused}, all of block_count")
     key_length = meta.count("attention.key_length", 1 << 14, default=_head_dim(hidden, heads, meta))
     if meta.count("attention.value_length", 1 << 14, default=key_length) != key_length:
         raise UnsupportedError(f"{source}: attention.value_length differs from key_length {key_length}")
@@ -114,6 +124,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         qk_norm=arch.qk_norm,
         post_norms=arch.post_norms,
         moe=_moe(arch, meta),
+        unused_layers=unused,
     )
 
 
@@ -144,6 +155,8 @@ def _moe(arch: Architecture, meta: Metadata) -> MoEConfig | None:
 
 
 def _layer_kinds(arch: Architecture, meta: Metadata, layers: int) -> tuple[LayerKind, ...]:
+    if arch.value_heads is not None:
+        return hybrid_kinds(meta, layers, is_grouped=arch.value_heads == "grouped")
     if arch.window_pattern is None:
         return (LayerKind(),) * layers
     window = meta.count("attention.sliding_window", 1 << 28, default=arch.window)
@@ -183,6 +196,12 @@ class Part:
     name: str
     shape: tuple[int, ...]
     expert: int | None = None
+    suffix: str = ".weight"
+
+    @property
+    def tensor(self) -> str:
+        """The whole name of the tensor."""
+        return self.name + self.suffix
 
 
 @dataclass(frozen=True)
@@ -221,7 +240,13 @@ def _layer_parameters(c: ModelConfig, index: int) -> Iterator[Parameter]:
         return Parameter(at(*path.split("/"), "scale"), (part(name, size),), is_vector=True)
 
     yield norm("attention_norm", "attn_norm")
-    separate = (part("attn_q", q, D), part("attn_k", kv, D), part("attn_v", kv, D))
+    if (net := c.layers[index].delta_net) is not None:
+        yield from _delta_net(c, net, at, part)
+        yield norm("mlp_norm", arch.mlp_norm)
+        yield from _feed_forward(c, arch.fused, at, part)
+        return
+    q_rows = 2 * q if c.layers[index].is_gated else q  # each head's query, then its gate
+    separate = (part("attn_q", q_rows, D), part("attn_k", kv, D), part("attn_v", kv, D))
     yield Parameter(
         at("attention", "qkv", "kernel"),
         (part("attn_qkv", q + 2 * kv, D),) if arch.fused else separate,
@@ -231,11 +256,34 @@ def _layer_parameters(c: ModelConfig, index: int) -> Iterator[Parameter]:
         yield norm("attention/q_norm", "attn_q_norm", c.head_dim)
         yield norm("attention/k_norm", "attn_k_norm", c.head_dim)
     yield Parameter(at("attention", "out", "kernel"), (part("attn_output", D, q),))
-    yield norm("mlp_norm", "ffn_norm")
+    yield norm("mlp_norm", arch.mlp_norm)
     if c.post_norms:
         yield norm("attention_post_norm", "post_attention_norm")
         yield norm("mlp_post_norm", "post_ffw_norm")
     yield from _feed_forward(c, arch.fused, at, part)
+
+
+def _delta_net(
+    c: ModelConfig, net: DeltaNetConfig, at: Callable[..., tuple[str, ...]], part: Callable[..., Part]
+) -> Iterator[Parameter]:
+    D, H = c.hidden_size, net.value_heads
+
+    def vector(path: str, name: str, shape: tuple[int, ...], suffix: str = ".weight") -> Parameter:
+        whole = replace(part(name, *shape), suffix=suffix)
+        return Parameter(at("delta_net", *path.split("/")), (whole,), is_vector=True)
+
+    into = (
+        part("attn_qkv", net.channels, D),
+        part("attn_gate", net.values, D),
+        part("ssm_beta", H, D),
+        part("ssm_alpha", H, D),
+    )
+    yield Parameter(at("delta_net", "in", "kernel"), into)
+    yield vector("taps", "ssm_conv1d", (net.channels, net.taps))
+    yield vector("rate", "ssm_a", (H,), "")
+    yield vector("rate_bias", "ssm_dt", (H,), ".bias")
+    yield vector("norm/scale", "ssm_norm", (net.head_dim,))
+    yield Parameter(at("delta_net", "out", "kernel"), (part("ssm_out", D, net.values),))
 
 
 def _feed_forward(

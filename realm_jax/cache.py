@@ -104,9 +104,10 @@ def _storage(numerics: Numerics) -> type:
 
 
 def cached_bytes(model: ModelConfig, kv_dtype: str) -> int:
-    """Bytes that the caches of all layers keep of one token."""
+    """Bytes that the caches of all layers with attention keep of one token."""
+    layers = sum(kind.delta_net is None for kind in model.layers)
     head = {"int8": model.head_dim + 4, "bfloat16": 2 * model.head_dim, "float32": 4 * model.head_dim}
-    return 2 * model.num_layers * model.num_kv_heads * head[kv_dtype]
+    return 2 * layers * model.num_kv_heads * head[kv_dtype]
 
 
 class Stepwise:

@@ -51,11 +51,36 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class DeltaNetConfig:
+    """The sizes of a gated delta net, whose heads are square."""
+
+    key_heads: int
+    value_heads: int
+    head_dim: int
+    taps: int  # of the convolution before it
+    is_grouped: (
+        bool  # value heads of one key head are neighbours; else value head i has key head i % key_heads
+    )
+
+    @property
+    def values(self) -> int:
+        """Features of all value heads."""
+        return self.value_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Features that are convolved: queries, keys and values."""
+        return 2 * self.key_heads * self.head_dim + self.values
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """What distinguishes one layer's arithmetic from another's; never its index."""
 
     window: int | None = None  # a key is visible if query position - key position < window
     rope: str = "global"
+    is_gated: bool = False  # each head of attention has a gate for its output
+    delta_net: DeltaNetConfig | None = None  # what stands in place of attention
 
 
 @dataclass(frozen=True)
@@ -90,6 +115,12 @@ class ModelConfig:
     qk_norm: bool
     post_norms: bool
     moe: MoEConfig | None
+    unused_layers: int = 0  # in the file after the others: heads that draft
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer has a state of the whole sequence, which can be neither cut back nor shared."""
+        return any(kind.delta_net for kind in self.layers)
 
 
 @dataclass(frozen=True)

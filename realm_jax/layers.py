@@ -31,6 +31,7 @@ class Where:
     slots: jax.Array | None  # [B]; None: row b is slot b
     positions: jax.Array  # [B, T] absolute
     rotations: dict[str, Rotation]
+    lengths: jax.Array | None = None  # [B] tokens of each row that are real; None: all, up to the capacity
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
@@ -131,21 +132,25 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each around a residual."""
+    """One layer: a mixer of tokens and feed-forward, each around a residual."""
 
     config: ModelConfig
     kind: LayerKind
 
+    def mixer(self) -> nn.Module:
+        """What lets tokens see those before them."""
+        return Attention(self.config, self.kind, name="attention")
+
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], cache: Cache, where: Where
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+        self, x: Float[Array, "B T D"], cache: Any, where: Where
+    ) -> tuple[Float[Array, "B T D"], Any]:
         c = self.config
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(c.norm_eps, name=name)
 
-        mixed, cache = Attention(c, self.kind, name="attention")(norm("attention_norm")(x), cache, where)
+        mixed, cache = self.mixer()(norm("attention_norm")(x), cache, where)
         x = x + (norm("attention_post_norm")(mixed) if c.post_norms else mixed)
         feed_forward = MoE(c, name="mlp") if c.moe else MLP(c.ffn_size, c.activation, name="mlp")
         fed = feed_forward(norm("mlp_norm")(x))

@@ -89,7 +89,7 @@ class LLM:
             params,
             self.tokenizer,
             context=self.model.context,
-            config=self.engine_config,
+            config=speculation.fitting(self.engine_config, self.model.config),
             numerics=self.model.numerics,
             placement=self.model.placement,
             spare=(self.draft or self.model).spare,

@@ -19,6 +19,7 @@ from realm_jax.errors import CapacityError, UnsupportedError
 from realm_jax.lora import Adapter, Base, FoldedFile
 from realm_jax.model import Transformer
 from realm_jax.parallel import Placement, place
+from realm_jax.recurrent_cache import state_bytes
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
 
@@ -123,7 +124,9 @@ def _check_budget(
         raise UnsupportedError(
             f"--memory is for --device cpu; on {runtime.backend()} set XLA_PYTHON_CLIENT_MEM_FRACTION"
         )
-    caches = Buckets.plan(context, config).cached_tokens * cached_bytes(model, numerics.kv_dtype)
+    buckets = Buckets.plan(context, config)
+    caches = buckets.cached_tokens * cached_bytes(model, numerics.kv_dtype)
+    caches += sum(pool.slots for pool in buckets.pools) * state_bytes(model)
     planned = weights.planned_bytes(file, model, numerics)
     if planned + caches > config.memory:
         raise CapacityError(

@@ -9,20 +9,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from realm_jax.cache import Cache, empty_cache
-from realm_jax.config import ModelConfig, Numerics
+from realm_jax.config import LayerKind, ModelConfig, Numerics
+from realm_jax.hybrid import HybridBlock
 from realm_jax.layers import Block, RMSNorm, Where
+from realm_jax.recurrent_cache import RecurrentCache
 
-Caches = tuple[Cache, ...]  # one a layer: a single stacked array would be copied whole at each step
+LayerCache = Cache | RecurrentCache
+Caches = tuple[LayerCache, ...]  # one a layer: a single stacked array would be copied whole at each step
 
 
 class Transformer(nn.Module):
-    """Every dense and mixture-of-experts family, through the switches of `ModelConfig`.
+    """Every dense, mixture-of-experts and hybrid family, through the switches of `ModelConfig`.
 
     block: the kind of a layer's module; training may choose one that keeps less for the backward pass.
     """
 
     config: ModelConfig
-    block: type[Block] = Block
+    block: type[Block] = HybridBlock
 
     def __call__(
         self,
@@ -30,16 +33,19 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"],
         caches: Caches,
         slots: Int[Array, "B"] | None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches]:
         """Hidden states after the last norm; each row's keys and values stand in its slot's cache.
 
         slots: None where row b is slot b. A row whose positions are at or past the capacity, or whose
-        slot is past the last, leaves nothing behind.
+        slot is past the last, leaves nothing behind. lengths: how many tokens of each row are real, the
+        first ones; None: all. Rows of one slot stand in order, each at one position after the other.
         """
         c = self.config
         x = self.get_variable("params", "embedding").rows(tokens) * c.embedding_scale
         ropes = self.get_variable("params", "rope")
-        where = Where(slots, positions, {name: rope.at(positions) for name, rope in ropes.items()})
+        turns = {name: rope.at(positions) for name, rope in ropes.items()}
+        where = Where(slots, positions, turns, lengths)
         written = []
         for i, (kind, cache) in enumerate(zip(c.layers, caches, strict=True)):
             block = self.block(c, kind, parent=None)
@@ -56,10 +62,14 @@ class Transformer(nn.Module):
 
     def empty_caches(self, slots: int, capacity: int, numerics: Numerics) -> Caches:
         """Caches of `slots` empty slots, one a layer."""
-        c = self.config
-        return tuple(
-            empty_cache((slots, c.num_kv_heads, capacity, c.head_dim), numerics) for _ in range(c.num_layers)
-        )
+        shape = slots, self.config.num_kv_heads, capacity, self.config.head_dim
+
+        def empty(kind: LayerKind) -> LayerCache:
+            if kind.delta_net is not None:
+                return RecurrentCache.empty(slots, capacity, kind.delta_net)
+            return empty_cache(shape, numerics)
+
+        return tuple(empty(kind) for kind in self.config.layers)
 
 
 def hidden_states(
@@ -69,9 +79,10 @@ def hidden_states(
     positions: Int[Array, "B T"],
     caches: Caches,
     slots: Int[Array, "B"] | None,
+    lengths: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Caches]:
     """The model called with its params."""
-    return model.apply({"params": params}, tokens, positions, caches, slots)  # pyright: ignore[reportReturnType]
+    return model.apply({"params": params}, tokens, positions, caches, slots, lengths)  # pyright: ignore[reportReturnType]
 
 
 def next_token_logits(
@@ -82,6 +93,8 @@ def next_token_logits(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply_block(block: Block, params: Any, x: Array, cache: Cache, where: Where) -> tuple[Array, Cache]:
+def _apply_block(
+    block: Block, params: Any, x: Array, cache: LayerCache, where: Where
+) -> tuple[Array, LayerCache]:
     """The block, traced once for all layers of its kind rather than once a layer."""
     return block.apply({"params": params}, x, cache, where)  # pyright: ignore[reportReturnType]

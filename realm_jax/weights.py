@@ -49,7 +49,7 @@ def load(
     Raises ModelFileError with all missing, extra and mis-shaped tensors before anything is read.
     """
     wanted = parameters(config)
-    check_tensors(file, wanted)
+    check_tensors(file, config)
     present = [p for p in wanted if _is_present(file, p)]
     params: Params = {"rope": placement.same(lambda: _ropes(file, config, context, numerics))}
     load = partial(_load_parameter, file, config, numerics, placement, progress)
@@ -73,7 +73,7 @@ def _load_parameter(
     p: Parameter,
 ) -> Any:
     if p.is_vector:
-        vector = _vector(file, p.parts[0].name + ".weight")
+        vector = _vector(file, p.parts[0].tensor)
         node = placement.same(lambda: projections.scale(vector, numerics))
     else:
         parts, bias = [_stored(file, part) for part in p.parts], _bias(file, p.parts)
@@ -85,7 +85,7 @@ def _load_parameter(
 
         node = placement.split(config, share)
     for part in p.parts:
-        file.release(part.name + ".weight")
+        file.release(part.tensor)
     if progress is not None:
         progress(sum(_part_bytes(file, part) for part in p.parts))
     return node
@@ -105,7 +105,7 @@ def _numerics_of(p: Parameter, numerics: Numerics) -> Numerics:
 
 def _stored(file: TensorFile, part: Part) -> Stored:
     """The part's matrix as it lies in the file."""
-    info = file.tensors[part.name + ".weight"]
+    info = file.tensors[part.tensor]
     data = file.data(info.name)
     if part.expert is not None:
         each = info.nbytes // part.shape[0]
@@ -145,13 +145,18 @@ def _ropes(file: TensorFile, config: ModelConfig, context: int, numerics: Numeri
     }
 
 
-def check_tensors(file: TensorFile, wanted: list[Parameter]) -> None:
-    """Raises one error that names every tensor that is missing, extra or of another shape."""
+def check_tensors(file: TensorFile, config: ModelConfig) -> None:
+    """Raises one error that names every tensor that is missing, extra or of another shape.
+
+    Those of layers that only draft are left alone.
+    """
     problems: list[str] = []
+    last = config.num_layers
+    unused = tuple(f"blk.{i}." for i in range(last, last + config.unused_layers))
     known: set[str] = set(ROPE_TENSORS)
-    for parameter in wanted:
+    for parameter in parameters(config):
         for part in parameter.parts:
-            weight, bias = part.name + ".weight", part.name + ".bias"
+            weight, bias = part.tensor, part.name + ".bias"
             shapes = {weight: part.shape}
             if not parameter.is_vector and part.expert is None:
                 shapes[bias] = part.shape[:1]
@@ -165,7 +170,11 @@ def check_tensors(file: TensorFile, wanted: list[Parameter]) -> None:
                 for name, shape in shapes.items()
                 if name in file.tensors and file.tensors[name].shape != shape
             ]
-    problems += [f"{ascii(name)[1:-1][:100]} is unknown" for name in file.tensors if name not in known]
+    problems += [
+        f"{ascii(name)[1:-1][:100]} is unknown"
+        for name in file.tensors
+        if name not in known and not name.startswith(unused)
+    ]
     problems = list(dict.fromkeys(problems))  # an expert's tensor is named once, not once an expert
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -194,11 +203,11 @@ def resident_bytes(params: Params) -> int:
 
 
 def _is_present(file: TensorFile, p: Parameter) -> bool:
-    return p.parts[0].name + ".weight" in file.tensors
+    return p.parts[0].tensor in file.tensors
 
 
 def _part_bytes(file: TensorFile, part: Part) -> int:
-    nbytes = file.tensors[part.name + ".weight"].nbytes
+    nbytes = file.tensors[part.tensor].nbytes
     return nbytes if part.expert is None else nbytes // part.shape[0]
 
 

@@ -16,9 +16,11 @@ SHAPED = (
     *(
         "banks",
         "cache",
+        "delta_rule",
         "decoding",
         "drafters",
         "experts",
+        "hybrid",
         "kernels",
         "layers",
         "lora",
@@ -26,7 +28,18 @@ SHAPED = (
         "native_nodes",
         "nodes",
     ),
-    *("projections", "quant", "rope", "sampling", "sampling_rows", "scoring", "speculative", "training"),
+    *(
+        "projections",
+        "quant",
+        "recurrent_cache",
+        "rope",
+        "sampling",
+        "sampling_rows",
+        "scoring",
+        "slot_copies",
+        "speculative",
+        "training",
+    ),
     "weights",
 )
 """The modules whose functions take arrays; in the others these checks took most of the time of long tests."""

@@ -32,12 +32,15 @@ FLOORS = {
         "kernels",
         "rope",
         "cache",
+        "delta_rule",
+        "recurrent_cache",
+        "hybrid_metadata",
         "sampling",
         "sampling_rows",
     }
     | {"tokenizer", "grammars", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
-    2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
-    3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring"}
+    2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel", "hybrid"},
+    3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring", "slot_copies"}
     | {
         f"serving.{name}"
         for name in (
@@ -103,6 +106,7 @@ WITHIN_A_FLOOR = {
     ("serving.request", "serving.drafting"),
     ("serving.engine", "serving.stopwatch"),
     ("drafters", "decoding"),
+    ("slot_copies", "decoding"),
     ("speculative", "decoding"),
     ("speculative", "drafters"),
     ("llm", "speculation"),
@@ -116,6 +120,11 @@ WITHIN_A_FLOOR = {
     ("perplexity", "llm"),
     ("buckets", "config"),
     ("cache", "kernels"),
+    ("delta_rule", "kernels"),
+    ("recurrent_cache", "delta_rule"),
+    ("hybrid_metadata", "metadata"),
+    ("hybrid", "layers"),
+    ("model", "hybrid"),
     ("serving.transcript", "serving.request"),
     ("serving.batch", "llm"),
     ("serving.batch", "serving.bodies"),

@@ -54,6 +54,10 @@ class Division:
 
     def __post_init__(self) -> None:
         c, n = self.config, self.devices
+        if c.is_recurrent:
+            raise UnsupportedError(
+                f"mesh is 'tp={n}', but recurrent layers are computed by one device (leave mesh out)"
+            )
         if c.ffn_size % n:
             self._refuse(f"{c.ffn_size:,} feed-forward features are no multiple of {n}")
         if n % c.num_kv_heads and self._kv_heads * n >= 2 * c.num_kv_heads:
