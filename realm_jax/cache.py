@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from realm_jax.config import BLOCK, Kernels, ModelConfig, Numerics
+from realm_jax.config import BLOCK, Kernels, LatentConfig, ModelConfig, Numerics
+from realm_jax.errors import UnsupportedError
 from realm_jax.kernels import attention
 from realm_jax.kernels.native import calls
 from realm_jax.kernels.tiles import LANES
+from realm_jax.recurrent_cache import RecurrentCache
 
 Slots = Int[Array, "B"] | None
 """The slot of each row; None where row b is slot b."""
@@ -57,8 +59,9 @@ class Cache(Protocol):
         scale: float,
         softcap: float | None,
         window: int | None,
+        sinks: Float[Array, "N"] | None = None,
     ) -> Float[Array, "B T N H"]:
-        """What each query sees of its slot."""
+        """What each query sees of its slot; sinks: as `kernels.attention` has them."""
         ...
 
     def extend(
@@ -71,6 +74,7 @@ class Cache(Protocol):
         scale: float,
         softcap: float | None,
         window: int | None,
+        sinks: Float[Array, "N"] | None = None,
     ) -> "tuple[Float[Array, 'B T N H'], Cache]":
         """What each query sees of its slot once the new keys and values stand there.
 
@@ -79,11 +83,30 @@ class Cache(Protocol):
         ...
 
 
-def empty_cache(shape: tuple[int, int, int, int], numerics: Numerics) -> Cache:
+LayerCache = Cache | RecurrentCache
+
+
+def empty_caches(model: ModelConfig, slots: int, capacity: int, numerics: Numerics) -> tuple[LayerCache, ...]:
+    """Caches of so many empty slots, one for each layer of a model.
+
+    Raises UnsupportedError for latent attention in int8.
+    """
+    shape = slots, model.num_kv_heads, capacity, model.head_dim
+    if model.latent is not None:
+        return tuple(_empty_latent_cache(shape, model.latent, numerics) for _ in model.layers)
+    return tuple(
+        empty_cache(shape, numerics, sinks=model.sinks)
+        if kind.delta_net is None
+        else RecurrentCache.empty(slots, capacity, kind.delta_net)
+        for kind in model.layers
+    )
+
+
+def empty_cache(shape: tuple[int, int, int, int], numerics: Numerics, *, sinks: bool = False) -> Cache:
     """An empty cache [S, K, C, H] that stores float32, bfloat16 or int8."""
     S, K, C, H = shape
-    # the kernels take heads of whole vectors
-    is_native = numerics.kernels == "native" and H % LANES == 0
+    # the C++ kernels take heads of whole vectors, and know no sinks
+    is_native = numerics.kernels == "native" and H % LANES == 0 and not sinks
     if numerics.kv_dtype == "int8":
         codes, scales = jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32)
         kind = NativeInt8Cache if is_native else Int8Cache
@@ -93,6 +116,14 @@ def empty_cache(shape: tuple[int, int, int, int], numerics: Numerics) -> Cache:
         return NativeKVCache(jnp.zeros(k, jnp.uint32), jnp.zeros(v, jnp.uint32), kernels=numerics.kernels)
     storage = _storage(numerics)
     return KVCache(jnp.zeros(shape, storage), jnp.zeros(shape, storage), kernels=numerics.kernels)
+
+
+def _empty_latent_cache(
+    shape: tuple[int, int, int, int], latent: LatentConfig, numerics: Numerics
+) -> "LatentCache":
+    if numerics.kv_dtype == "int8":
+        raise UnsupportedError("kv_dtype is 'int8', which latent attention has no cache for (use bfloat16)")
+    return LatentCache(jnp.zeros(shape, _storage(numerics)), latent.rope_dim, kernels=numerics.kernels)
 
 
 def _storage(numerics: Numerics) -> type:
@@ -107,7 +138,8 @@ def cached_bytes(model: ModelConfig, kv_dtype: str) -> int:
     """Bytes that the caches of all layers with attention keep of one token."""
     layers = sum(kind.delta_net is None for kind in model.layers)
     head = {"int8": model.head_dim + 4, "bfloat16": 2 * model.head_dim, "float32": 4 * model.head_dim}
-    return 2 * layers * model.num_kv_heads * head[kv_dtype]
+    arrays = 2 if model.latent is None else 1
+    return arrays * layers * model.num_kv_heads * head[kv_dtype]
 
 
 class Stepwise:
@@ -142,17 +174,40 @@ class KVCache(Stepwise):
         q: Array,
         slots: Slots,
         positions: Array,
-        *,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
+        **how: Any,
     ) -> Array:
         """As `Cache.attend`."""
-        how = {"scale": scale, "softcap": softcap, "window": window}
         return self._attention(q, self.k, self.v, None, None, slots, positions, **how)
 
     def _attention(self, *arrays: Any, **how: Any) -> Array:
         return attention(*arrays, **how, kernels=self.kernels)
+
+
+@struct.dataclass
+class LatentCache:
+    """One vector a token, which is the key of all heads and, without its turned part, their value."""
+
+    k: jax.Array  # [S, 1, C, H]
+    turned: int = struct.field(pytree_node=False)  # dimensions that only keys have, the first ones
+    kernels: Kernels = struct.field(pytree_node=False, default="xla")
+
+    def write(self, k: Array, v: Array, slots: Slots, positions: Array) -> "LatentCache":
+        """As `Cache.write`; values are part of the keys."""
+        at = _places(slots, positions)
+        return replace(self, k=_put(self.k, at, _encode(k, self.k.dtype)))
+
+    def attend(self, q: Array, slots: Slots, positions: Array, **how: Any) -> Array:
+        """As `Cache.attend`."""
+        kept = self.k, self.k, None, None
+        return attention(q, *kept, slots, positions, **how, kernels=self.kernels)[..., self.turned :]
+
+    def extend(
+        self, heads: Array, turn: Rotation, slots: Slots, positions: Array, **how: Any
+    ) -> "tuple[Array, LatentCache]":
+        """As `Cache.extend`; heads: queries, then the one key."""
+        heads = turn(heads)
+        cache = self.write(heads[:, :, -1:], heads[:, :, -1:], slots, positions)
+        return cache.attend(heads[:, :, :-1], slots, positions, **how), cache
 
 
 @struct.dataclass
@@ -182,14 +237,10 @@ class Int8Cache(Stepwise):
         q: Array,
         slots: Slots,
         positions: Array,
-        *,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
+        **how: Any,
     ) -> Array:
         """As `Cache.attend`: scores and weights are multiplied by the scales, the codes as they are."""
         kept = (self.k, self.v, self.k_scale, self.v_scale)
-        how = {"scale": scale, "softcap": softcap, "window": window}
         return self._attention(q, *kept, slots, positions, **how)
 
     def _attention(self, *arrays: Any, **how: Any) -> Array:

@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from realm_jax.kernels import row_sum
-from realm_jax.nodes import Kernel, Stacked
+from realm_jax.nodes import Biased, Kernel, Stacked
 
 Between = Callable[[Array], Array]
 """From the outputs of gate and up [..., 2F], one after the other, to the inputs of down [..., F]."""
@@ -135,6 +135,8 @@ def places(chosen: Int[Array, "n"], experts: int, tile: int) -> tuple[Int[Array,
 
 
 def _is_groupable(node: Kernel) -> bool:
+    if isinstance(node, Biased):
+        return _is_groupable(node.kernel)
     parts = node.parts if isinstance(node, Stacked) else (node,)
     return all(isinstance(part, Groupable) for part in parts)
 

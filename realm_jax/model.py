@@ -8,13 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from realm_jax.cache import Cache, empty_cache
-from realm_jax.config import LayerKind, ModelConfig, Numerics
-from realm_jax.hybrid import HybridBlock
-from realm_jax.layers import Block, RMSNorm, Where
-from realm_jax.recurrent_cache import RecurrentCache
+from realm_jax.cache import LayerCache, empty_caches
+from realm_jax.config import ModelConfig, Numerics
+from realm_jax.layers import Block, Norm, Where
 
-LayerCache = Cache | RecurrentCache
 Caches = tuple[LayerCache, ...]  # one a layer: a single stacked array would be copied whole at each step
 
 
@@ -25,7 +22,7 @@ class Transformer(nn.Module):
     """
 
     config: ModelConfig
-    block: type[Block] = HybridBlock
+    block: type[Block] = Block
 
     def __call__(
         self,
@@ -43,6 +40,10 @@ class Transformer(nn.Module):
         """
         c = self.config
         x = self.get_variable("params", "embedding").rows(tokens) * c.embedding_scale
+        if c.learned_positions:
+            x = x + self.get_variable("params", "positions").rows(
+                jnp.minimum(positions, c.context_length - 1)
+            )
         ropes = self.get_variable("params", "rope")
         turns = {name: rope.at(positions) for name, rope in ropes.items()}
         where = Where(slots, positions, turns, lengths)
@@ -51,25 +52,18 @@ class Transformer(nn.Module):
             block = self.block(c, kind, parent=None)
             x, new = _apply_block(block, self.get_variable("params", f"layer_{i}"), x, cache, where)
             written.append(new)
-        norm = RMSNorm(c.norm_eps, parent=None)
+        norm = Norm(c.norm_eps, parent=None)
         return norm.apply({"params": self.get_variable("params", "norm")}, x), tuple(written)  # pyright: ignore[reportReturnType]
 
     def logits(self, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
         """Scores of the next token, float32."""
-        scores = hidden @ self.get_variable("params", "head")
+        scores = hidden @ self.get_variable("params", "head") * self.config.logit_scale
         cap = self.config.logit_softcap
         return scores if cap is None else cap * jnp.tanh(scores / cap)
 
     def empty_caches(self, slots: int, capacity: int, numerics: Numerics) -> Caches:
         """Caches of `slots` empty slots, one a layer."""
-        shape = slots, self.config.num_kv_heads, capacity, self.config.head_dim
-
-        def empty(kind: LayerKind) -> LayerCache:
-            if kind.delta_net is not None:
-                return RecurrentCache.empty(slots, capacity, kind.delta_net)
-            return empty_cache(shape, numerics)
-
-        return tuple(empty(kind) for kind in self.config.layers)
+        return empty_caches(self.config, slots, capacity, numerics)
 
 
 def hidden_states(

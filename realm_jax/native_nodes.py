@@ -37,8 +37,8 @@ class NativeQuantized(Quantized):
 class NativeScale(Scale):
     """The factors of a norm that the C++ kernel computes."""
 
-    def rms_norm(self, x: Float[Array, "*lead D"], eps: float) -> Float[Array, "*lead D"]:
-        """As `Scale.rms_norm`."""
+    def normalize(self, x: Float[Array, "*lead D"], eps: float) -> Float[Array, "*lead D"]:
+        """As `Scale.normalize`."""
         return calls.rms_norm(x, self.weight, eps)  # pyright: ignore[reportReturnType]
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from realm_jax.kernels import grouped_matmul, matmul, rms_norm
+from realm_jax.kernels import grouped_matmul, layer_norm, matmul, per_head_matmul, rms_norm
 from realm_jax.kernels.int8 import int8_matmul
 from realm_jax.kernels.quantized import grouped_quantized_matmul, quantized_matmul
 from realm_jax.kernels.tiles import TileFormat, tile_rows, tiles_matmul
@@ -70,6 +70,30 @@ class Biased:
     def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
         y = x @ self.kernel
         return y + jnp.broadcast_to(self.bias, y.shape)
+
+    def grouped(self, x: Float[Array, "T M I"], expert: Int[Array, "T"]) -> Float[Array, "T M O"]:
+        """As `experts.Groupable`, where the kernel is; biases [E, O]."""
+        kernel: Any = self.kernel
+        return kernel.grouped(x, expert) + self.bias[expert][:, None]
+
+
+@struct.dataclass
+class PerHead:
+    """A plain matrix for each head, each multiplied by its own row of inputs."""
+
+    __array_ufunc__ = None
+
+    weight: jax.Array  # [N, O, I]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        heads, outputs, inputs = self.weight.shape
+        return heads, inputs, outputs
+
+    def __rmatmul__(self, x: Float[Array, "*lead N I"]) -> Float[Array, "*lead N O"]:
+        rows = x.reshape(-1, *x.shape[-2:]).swapaxes(0, 1)
+        y = per_head_matmul(rows, self.weight)
+        return y.swapaxes(0, 1).reshape(*x.shape[:-1], y.shape[-1])
 
 
 @struct.dataclass
@@ -169,9 +193,20 @@ class Scale:
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
-    def rms_norm(self, x: Float[Array, "*lead D"], eps: float) -> Float[Array, "*lead D"]:
+    def normalize(self, x: Float[Array, "*lead D"], eps: float) -> Float[Array, "*lead D"]:
         """The rows at root mean square 1, times the factors."""
         return rms_norm(x, self.weight, eps)
+
+
+@struct.dataclass
+class CenteredScale(Scale):
+    """The learned factors of a norm that subtracts the mean, and its bias."""
+
+    bias: jax.Array  # [D]
+
+    def normalize(self, x: Float[Array, "*lead D"], eps: float) -> Float[Array, "*lead D"]:
+        """The rows at mean 0 and variance 1, times the factors, plus the bias."""
+        return layer_norm(x, self.weight, self.bias, eps)
 
 
 @struct.dataclass

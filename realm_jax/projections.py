@@ -16,7 +16,18 @@ from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.kernels.native.tiling import tile_into
 from realm_jax.kernels.tiles import BLOCK_INPUTS, LANES
 from realm_jax.native_nodes import NativeDense, NativeQuantized, NativeRotary, NativeScale
-from realm_jax.nodes import Dense, Int8, Kernel, Quantized, Rotary, Scale, Stacked, Words
+from realm_jax.nodes import (
+    CenteredScale,
+    Dense,
+    Int8,
+    Kernel,
+    PerHead,
+    Quantized,
+    Rotary,
+    Scale,
+    Stacked,
+    Words,
+)
 from realm_jax.quant import FORMATS, BlockFormat, checked_type, dequantize, dequantize_into
 from realm_jax.quant.chunks import CHUNK
 from realm_jax.quant.containers import Packed, pack
@@ -106,6 +117,22 @@ def experts(each: Mapping[str, Mapping[str, Kernel]], numerics: Numerics) -> Exp
 def scale(vector: np.ndarray, numerics: Numerics) -> Scale:
     """The factors of a norm."""
     return (NativeScale if numerics.kernels == "native" else Scale)(jax.device_put(vector))
+
+
+def centered_scale(vector: np.ndarray, bias: np.ndarray | None) -> CenteredScale:
+    """The factors of a norm that subtracts the mean."""
+    shift = np.zeros_like(vector) if bias is None else bias
+    return CenteredScale(jax.device_put(vector), jax.device_put(shift))
+
+
+def per_head(matrices: np.ndarray, numerics: Numerics) -> PerHead:
+    """A matrix for each head [N, O, I], expanded."""
+    return PerHead(jax.device_put(matrices.astype(_storage(numerics))))
+
+
+def dense_bytes(shape: Sequence[int], numerics: Numerics) -> int:
+    """What so many plain numbers take."""
+    return prod(shape) * _storage(numerics).itemsize
 
 
 def rotary(config: RopeConfig, factors: np.ndarray | None, numerics: Numerics) -> Rotary:

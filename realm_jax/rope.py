@@ -8,8 +8,6 @@ from jaxtyping import Array, Float, Int
 
 from realm_jax.config import RopeConfig
 
-YARN_BETA_FAST, YARN_BETA_SLOW = 32.0, 1.0
-
 
 def frequencies(rope: RopeConfig, factors: np.ndarray | None = None) -> np.ndarray:
     """Angle per position of each rotated pair, float32 [dims / 2].
@@ -36,8 +34,9 @@ def _yarn_ramp(rope: RopeConfig) -> np.ndarray:
         ratio = rope.original_context / (turns * 2 * math.pi)
         return rope.dims * math.log(ratio) / (2 * math.log(rope.base))
 
-    low = max(0, math.floor(pair_turning(YARN_BETA_FAST)))
-    high = min(rope.dims - 1, math.ceil(pair_turning(YARN_BETA_SLOW)))
+    fast, slow = rope.betas
+    low = max(0, math.floor(pair_turning(fast)))
+    high = min(rope.dims - 1, math.ceil(pair_turning(slow)))
     ramp = (np.arange(rope.dims // 2) - low) / max(0.001, high - low)
     return 1.0 - np.clip(ramp, 0.0, 1.0)
 

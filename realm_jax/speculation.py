@@ -34,7 +34,7 @@ def fitting(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     """The configuration without what the model's layers do not allow."""
     if not (model.is_recurrent and config.prefix_caching):
         return config
-    _log.info("prefixes are not reused: recurrent layers have one state for all tokens of a sequence")
+    _log.info("prefixes are not reused: recurrent layers have one state for a whole sequence")
     return replace(config, prefix_caching=False)
 
 

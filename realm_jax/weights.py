@@ -72,23 +72,44 @@ def _load_parameter(
     progress: Progress | None,
     p: Parameter,
 ) -> Any:
-    if p.is_vector:
-        vector = _vector(file, p.parts[0].tensor)
-        node = placement.same(lambda: projections.scale(vector, numerics))
-    else:
-        parts, bias = [_stored(file, part) for part in p.parts], _bias(file, p.parts)
-        mine = _numerics_of(p, numerics)
-
-        def share(of: Whole) -> Any:
-            kernel = projections.projection(of.parts(p, parts, mine), mine)
-            return kernel if bias is None else Biased(kernel, jax.device_put(of.bias(p, bias)))
-
-        node = placement.split(config, share)
+    node = _node(file, config, numerics, placement, p)
     for part in p.parts:
         file.release(part.tensor)
     if progress is not None:
         progress(sum(_part_bytes(file, part) for part in p.parts))
     return node
+
+
+def _node(
+    file: TensorFile, config: ModelConfig, numerics: Numerics, placement: Placement, p: Parameter
+) -> Any:
+    """The parameter's weight node."""
+    first = p.parts[0]
+    match p.kind:
+        case "matrix":
+            return _matrix(file, config, numerics, placement, p)
+        case "heads":
+            return placement.same(lambda: projections.per_head(_vector(file, first.tensor), numerics))
+        case "vector":
+            return placement.same(lambda: jax.device_put(_vector(file, first.tensor)))
+        case "rms":
+            return placement.same(lambda: projections.scale(_vector(file, first.tensor), numerics))
+        case "layer":
+            bias = _bias(file, p.parts)
+            return placement.same(lambda: projections.centered_scale(_vector(file, first.tensor), bias))
+
+
+def _matrix(
+    file: TensorFile, config: ModelConfig, numerics: Numerics, placement: Placement, p: Parameter
+) -> Any:
+    parts, bias = [_stored(file, part) for part in p.parts], _bias(file, p.parts)
+    mine = _numerics_of(p, numerics)
+
+    def share(of: Whole) -> Any:
+        kernel = projections.projection(of.parts(p, parts, mine), mine)
+        return kernel if bias is None else Biased(kernel, jax.device_put(of.bias(p, bias)))
+
+    return placement.split(config, share)
 
 
 def _numerics_of(p: Parameter, numerics: Numerics) -> Numerics:
@@ -117,11 +138,15 @@ def _bias(file: TensorFile, parts: tuple[Part, ...]) -> np.ndarray | None:
     """The parts' biases one after another, zeros for those that have none; None where no part has one."""
     if not _is_biased(file, parts):
         return None
-    vectors = [
-        _vector(file, name) if name in file.tensors else np.zeros(part.shape[-2], np.float32)
-        for name, part in ((part.name + ".bias", part) for part in parts)
-    ]
-    return np.concatenate(vectors)
+    return np.concatenate([_part_bias(file, part) for part in parts])
+
+
+def _part_bias(file: TensorFile, part: Part) -> np.ndarray:
+    name = part.name + ".bias"
+    if name not in file.tensors:
+        return np.zeros(part.shape[-2], np.float32)
+    bias = _vector(file, name)
+    return bias if part.expert is None else bias[part.expert]
 
 
 def _is_biased(file: TensorFile, parts: tuple[Part, ...]) -> bool:
@@ -158,8 +183,8 @@ def check_tensors(file: TensorFile, config: ModelConfig) -> None:
         for part in parameter.parts:
             weight, bias = part.tensor, part.name + ".bias"
             shapes = {weight: part.shape}
-            if not parameter.is_vector and part.expert is None:
-                shapes[bias] = part.shape[:1]
+            if parameter.kind in ("matrix", "layer"):
+                shapes[bias] = part.shape[:1] if part.expert is None else part.shape[:2]
             known.update(shapes)
             required = {weight: not parameter.optional, bias: parameter.has_bias}
             problems += [
@@ -190,8 +215,12 @@ def planned_bytes(file: TensorFile, config: ModelConfig, numerics: Numerics) -> 
 
 
 def _planned(file: TensorFile, p: Parameter, numerics: Numerics) -> int:
+    if p.kind == "layer":
+        return 8 * prod(p.parts[0].shape)
     if p.is_vector:
         return 4 * prod(p.parts[0].shape)
+    if p.kind == "heads":
+        return projections.dense_bytes(p.parts[0].shape, numerics)
     biases = sum(part.shape[-2] for part in p.parts) if _is_biased(file, p.parts) else 0
     parts = [_stored(file, part) for part in p.parts]
     return 4 * biases + projections.planned_bytes(parts, _numerics_of(p, numerics))

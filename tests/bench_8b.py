@@ -19,7 +19,7 @@ from bench_matmul import format_of, random_words
 from realm_jax import runtime
 from realm_jax.architectures import Parameter, parameters
 from realm_jax.benchmark.throughput import time_generation, time_prompts
-from realm_jax.config import Activation, EngineConfig, LayerKind, ModelConfig, Numerics, RopeConfig
+from realm_jax.config import Activation, EngineConfig, LayerKind, ModelConfig, Numerics, QKNorm, RopeConfig
 from realm_jax.decoding import Autoregressive
 from realm_jax.ggml import GGMLType
 from realm_jax.model import Transformer
@@ -49,12 +49,12 @@ def model_config(given: argparse.Namespace) -> ModelConfig:
         norm_eps=1e-5,
         ropes=(("global", RopeConfig(head, 500_000.0, interleaved=True)),),
         layers=(LayerKind(),) * given.layers,
-        activation=Activation.SILU,
+        activation=Activation.SWIGLU,
         attention_scale=head**-0.5,
         attention_softcap=None,
         logit_softcap=None,
         embedding_scale=1.0,
-        qk_norm=False,
+        qk_norm=QKNorm.NONE,
         post_norms=False,
         moe=None,
     )

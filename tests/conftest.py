@@ -20,7 +20,6 @@ SHAPED = (
         "decoding",
         "drafters",
         "experts",
-        "hybrid",
         "kernels",
         "layers",
         "lora",

@@ -1,7 +1,8 @@
-"""Writes tests/data/qwen35.npz: what llama.cpp says of the model of `tiny_hybrid`. Run by hand.
+"""Writes tests/data/hybrid.npz: what llama.cpp says of the models of `tiny_hybrid`. Run by hand.
 
-`tokens` [80], `logits` [80, V] in float32 of one decode (float32 cache, no flash attention, one thread),
-`greedy` [16] the continuation, fed back one token at a time; `sha256` of the model's file.
+Of each architecture: `tokens` [80], `logits` [20, V] in float32 at every fourth position, of one decode
+(float32 cache, no flash attention, one thread), `greedy` [16] the continuation, fed back one token at a time;
+`sha256` of the model's file. Needs llama-cpp-python.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import numpy as np
 from tiny import VOCAB
 from tiny_hybrid import write_hybrid
 
+ARCHITECTURES = ("qwen35", "qwen35moe", "qwen3next")
 LEAST_MARGIN = 0.05
 """Of a greedy token's logit over the second best."""
 
@@ -64,24 +66,25 @@ def golden(path: Path, tokens: list[int]) -> tuple[np.ndarray, list[int], float]
 
 
 def main() -> None:
+    found: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = write_hybrid(Path(folder) / "model.gguf")
-        tokens, logits, greedy, least, seed = [0], np.zeros(0), [0], 0.0, -1
-        while least < LEAST_MARGIN:
-            seed += 1
-            tokens = [1, *np.random.default_rng(seed).integers(3, VOCAB, 79).tolist()]
-            logits, greedy, least = golden(path, tokens)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    target = Path(__file__).parent / "data" / "qwen35.npz"
+        for name in ARCHITECTURES:
+            path = write_hybrid(Path(folder) / f"{name}.gguf", architecture=name)
+            tokens, logits, greedy, least, seed = [0], np.zeros(0), [0], 0.0, -1
+            while least < LEAST_MARGIN:
+                seed += 1
+                tokens = [1, *np.random.default_rng(seed).integers(3, VOCAB, 79).tolist()]
+                logits, greedy, least = golden(path, tokens)
+            found |= {
+                f"{name}_sha256": np.array(hashlib.sha256(path.read_bytes()).hexdigest()),
+                f"{name}_tokens": np.array(tokens, np.int32),
+                f"{name}_logits": logits[3::4],
+                f"{name}_greedy": np.array(greedy, np.int32),
+            }
+            print(f"{name}: seed {seed}, least margin {least:.3f}")
+    target = Path(__file__).parent / "data" / "hybrid.npz"
     target.parent.mkdir(exist_ok=True)
-    np.savez_compressed(
-        target,
-        tokens=np.array(tokens, np.int32),
-        logits=logits,
-        greedy=np.array(greedy, np.int32),
-        sha256=np.array(digest),
-    )
-    print(f"{target}: seed {seed}, least margin {least:.3f}")
+    np.savez_compressed(target, **found)  # pyright: ignore[reportArgumentType]: names of arrays
 
 
 if __name__ == "__main__":

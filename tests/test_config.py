@@ -6,7 +6,7 @@ from typing import Any
 import jaxtyping
 import pytest
 
-from realm_jax.config import Activation, EngineConfig, LayerKind, ModelConfig, RopeConfig
+from realm_jax.config import Activation, EngineConfig, LayerKind, ModelConfig, QKNorm, RopeConfig
 from realm_jax.errors import RequestError
 
 CHOICES = {
@@ -81,12 +81,12 @@ def model_of(context: int) -> ModelConfig:
         norm_eps=1e-5,
         ropes=(("global", RopeConfig(16, 10_000.0, True)),),
         layers=(LayerKind(),),
-        activation=Activation.SILU,
+        activation=Activation.SWIGLU,
         attention_scale=0.25,
         attention_softcap=None,
         logit_softcap=None,
         embedding_scale=1.0,
-        qk_norm=False,
+        qk_norm=QKNorm.NONE,
         post_norms=False,
         moe=None,
     )

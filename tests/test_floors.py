@@ -34,12 +34,11 @@ FLOORS = {
         "cache",
         "delta_rule",
         "recurrent_cache",
-        "hybrid_metadata",
         "sampling",
         "sampling_rows",
     }
     | {"tokenizer", "grammars", "chat", "gguf", "metadata", "hub", "runtime", "programs"},
-    2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel", "hybrid"},
+    2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
     3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring", "slot_copies"}
     | {
         f"serving.{name}"
@@ -122,9 +121,7 @@ WITHIN_A_FLOOR = {
     ("cache", "kernels"),
     ("delta_rule", "kernels"),
     ("recurrent_cache", "delta_rule"),
-    ("hybrid_metadata", "metadata"),
-    ("hybrid", "layers"),
-    ("model", "hybrid"),
+    ("cache", "recurrent_cache"),
     ("serving.transcript", "serving.request"),
     ("serving.batch", "llm"),
     ("serving.batch", "serving.bodies"),

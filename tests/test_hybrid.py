@@ -24,10 +24,12 @@ from realm_jax.loading import load_model
 from realm_jax.lora import Adapter
 from realm_jax.lora.export import write_gguf
 from realm_jax.model import Transformer
+from realm_jax.parallel import Division
 from realm_jax.serving.request import GenerationOutput, Request
+from realm_jax.speculation import fitting
 from realm_jax.training import Trainer, TrainingConfig
 
-DATA = Path(__file__).parent / "data"
+GOLDEN = np.load(Path(__file__).parent / "data" / "hybrid.npz")
 TYPES = gguf_py.GGMLQuantizationType
 MATRICES = ("attn_qkv", "attn_gate", "ssm_out", "attn_q", "ffn_up", "ffn_down")
 QUANTIZED: dict[str, TYPES] = dict.fromkeys(MATRICES, TYPES.Q8_0)
@@ -49,15 +51,23 @@ def exact(hybrid: Path) -> LLM:
 def rounded(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """The same weights in Q8_0, multiplied as they are where there are kernels for that."""
     path = write_hybrid(tmp_path_factory.mktemp("quantized") / "quantized.gguf", kinds=QUANTIZED)
-    return LLM(path, **(SMALL | {"max_num_batched_tokens": 64}))
+    options: dict[str, Any] = SMALL | {"max_num_batched_tokens": 64}
+    return LLM(path, **options)
 
 
-def test_logits_and_greedy_tokens_are_llama_cpps(hybrid: Path, exact: LLM) -> None:
-    expected = np.load(DATA / "qwen35.npz")
-    assert hashlib.sha256(hybrid.read_bytes()).hexdigest() == expected["sha256"], "another random model"
-    assert np.abs(exact.logits(expected["tokens"].tolist()) - expected["logits"]).max() < 1e-4
+def test_greedy_tokens_are_llama_cpps(exact: LLM) -> None:
+    tokens, greedy = (GOLDEN[f"qwen35_{name}"].tolist() for name in ("tokens", "greedy"))
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-    assert exact.generate([expected["tokens"].tolist()], params)[0].token_ids == expected["greedy"].tolist()
+    assert exact.generate([tokens], params)[0].token_ids == greedy
+
+
+@pytest.mark.parametrize("architecture", ["qwen35", "qwen35moe", "qwen3next"])
+def test_logits_are_llama_cpps(tmp_path: Path, architecture: str) -> None:
+    path = write_hybrid(tmp_path / "model.gguf", architecture=architecture)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest == GOLDEN[f"{architecture}_sha256"], "another random model"
+    logits = LLM(path, dtype="float32", **SMALL).logits(GOLDEN[f"{architecture}_tokens"].tolist())
+    assert np.abs(logits[3::4] - GOLDEN[f"{architecture}_logits"]).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["exact", "rounded"])
@@ -101,7 +111,7 @@ def test_quantized_weights_say_nearly_the_same(exact: LLM, rounded: LLM) -> None
     assert np.mean([abs(one[key] - other[key]) for key in both]) < 0.1
 
 
-def best(outputs: list[GenerationOutput]) -> dict[tuple[int, int], float]:
+def best(outputs: list[GenerationOutput]) -> dict[tuple[int, float], float]:
     """What the first tokens that score most have, by output and token."""
     return {(i, t): p for i, output in enumerate(outputs) for t, p in (output.logprobs or [])[0]["top"]}
 
@@ -172,7 +182,9 @@ def test_planned_memory_is_what_caches_take(hybrid: Path) -> None:
         load_model(hybrid, EngineConfig(**options, memory=needed - 1))
 
 
-def test_what_a_state_does_not_allow_is_refused_in_one_line(hybrid: Path, tmp_path: Path) -> None:
+def test_what_a_state_does_not_allow_is_refused_in_one_line(
+    hybrid: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(UnsupportedError, match=r"spec_type is 'ngram'.*cannot take back"):
         LLM(hybrid, spec_type="ngram")
     plain = write_model(tmp_path / "plain.gguf", layers=1)
@@ -181,6 +193,13 @@ def test_what_a_state_does_not_allow_is_refused_in_one_line(hybrid: Path, tmp_pa
     with pytest.raises(UnsupportedError, match=r"hybrid\.gguf has recurrent layers"):
         LLM(plain, draft_model=hybrid)
     model = load_model(hybrid, EngineConfig())
+    with pytest.raises(UnsupportedError, match="'tp=2', but qwen35 has recurrent layers"):
+        Division(model.config, 2)
+    with caplog.at_level("INFO"):
+        assert not fitting(EngineConfig(), model.config).prefix_caching
+    assert caplog.messages == [
+        "prefixes are not reused: recurrent layers have one state for a whole sequence"
+    ]
     with pytest.raises(UnsupportedError, match="nothing is trained"):
         Trainer(model, [], TrainingConfig())
 

@@ -220,7 +220,7 @@ def test_what_cannot_be_trained_is_said_in_one_line(
 
 
 def test_experts_are_refused(model_file: Path):
-    config = replace(prepared(model_file, dtype="float32").config, moe=MoEConfig(4, 2))
+    config = replace(prepared(model_file, dtype="float32").config, moe=MoEConfig(4, 2, 64))
     assert len(chosen_parts(config, ["q", "v"])) == 2
     assert len(chosen_parts(config, ["q", "k", "v", "o"])) == 4
     for targets in (["all"], ["down"]):

@@ -1,7 +1,14 @@
 """The one door to the operations worth a kernel. Plain arrays in, plain arrays out."""
 
 from realm_jax.kernels.attention import attention
-from realm_jax.kernels.reference import grouped_matmul, matmul, rms_norm, row_sum
+from realm_jax.kernels.reference import (
+    grouped_matmul,
+    layer_norm,
+    matmul,
+    per_head_matmul,
+    rms_norm,
+    row_sum,
+)
 from realm_jax.kernels.selection import first_argmax, threshold, top_k
 from realm_jax.kernels.threefry import threefry
 
@@ -9,7 +16,9 @@ __all__ = [
     "attention",
     "first_argmax",
     "grouped_matmul",
+    "layer_norm",
     "matmul",
+    "per_head_matmul",
     "rms_norm",
     "row_sum",
     "threefry",

@@ -39,6 +39,16 @@ def rms_norm(x: Float[Array, "*lead D"], scale: Float[Array, "D"], eps: float) -
     return x * jax.lax.rsqrt(mean_square + eps) * jnp.broadcast_to(scale, x.shape)
 
 
+def layer_norm(
+    x: Float[Array, "*lead D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+) -> Float[Array, "*lead D"]:
+    """Rows brought to mean 0 and variance 1, times `scale`, plus `bias` (Ba et al. 2016)."""
+    centered = x - row_sum(x)[..., None] / x.shape[-1]
+    variance = row_sum(centered * centered)[..., None] / x.shape[-1]
+    factors, shift = jnp.broadcast_to(scale, x.shape), jnp.broadcast_to(bias, x.shape)
+    return centered * jax.lax.rsqrt(variance + eps) * factors + shift
+
+
 def matmul(x: Float[Array, "*lead I"], weight: Float[Array, "O I"]) -> Float[Array, "*lead O"]:
     """`x @ weight.T` in float32, from inputs in the weight's type.
 
@@ -47,6 +57,12 @@ def matmul(x: Float[Array, "*lead I"], weight: Float[Array, "O I"]) -> Float[Arr
     """
     y = _matmul(x.reshape(-1, x.shape[-1]).astype(jnp.float32), weight)
     return y.reshape(*x.shape[:-1], weight.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def per_head_matmul(x: Float[Array, "N M I"], weight: Float[Array, "N O I"]) -> Float[Array, "N M O"]:
+    """`x[n] @ weight[n].T` in float32, from inputs in the weight's type; rows padded as in `matmul`."""
+    rows = pad_axis(x.astype(weight.dtype), 1, MIN_ROWS)
+    return product("nmi,noi->nmo", rows, weight)[:, : x.shape[1]]
 
 
 def grouped_matmul(

@@ -83,7 +83,7 @@ class Layout:
                 at = parts.index(part)
                 return Rows(tensor, sum(counts[:at]), counts[at])
         rows = self._whole(part, layer)
-        if not rows or part not in (Q, K) or not dict(self.base.config.ropes)["global"].interleaved:
+        if not rows or part not in (Q, K) or not self.base.config.has_reordered_heads:
             return rows[0] if rows else None
         heads = self.base.config.num_heads if part == Q else self.base.config.num_kv_heads
         if rows[0].count != heads * self.base.config.head_dim or self.base.config.head_dim % 2:

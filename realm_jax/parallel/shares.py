@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from realm_jax.architectures import Parameter, parameters
-from realm_jax.config import ModelConfig, Numerics
+from realm_jax.config import ModelConfig, Numerics, QKNorm
 from realm_jax.errors import UnsupportedError
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.lora import Adapter, LowRank
@@ -54,12 +54,13 @@ class Division:
 
     def __post_init__(self) -> None:
         c, n = self.config, self.devices
-        if c.is_recurrent:
+        if indivisible := _indivisible(c):
             raise UnsupportedError(
-                f"mesh is 'tp={n}', but recurrent layers are computed by one device (leave mesh out)"
+                f"mesh is 'tp={n}', but {c.architecture} has {indivisible} (leave mesh out)"
             )
-        if c.ffn_size % n:
-            self._refuse(f"{c.ffn_size:,} feed-forward features are no multiple of {n}")
+        for size in _feed_forward_sizes(c):
+            if size % n:
+                self._refuse(f"{size:,} feed-forward features are no multiple of {n}")
         if n % c.num_kv_heads and self._kv_heads * n >= 2 * c.num_kv_heads:
             self._refuse(
                 f"{c.num_kv_heads} key-value heads can be divided over as many devices or a multiple of them"
@@ -92,7 +93,9 @@ class Division:
     def local(self) -> ModelConfig:
         """The model as one device computes it: fewer heads and features."""
         c, n = self.config, self.devices
-        return replace(c, num_heads=self._heads, num_kv_heads=self._kv_heads, ffn_size=c.ffn_size // n)
+        moe = c.moe and replace(c.moe, size=c.moe.size // n, shared_size=c.moe.shared_size // n)
+        heads = {"num_heads": self._heads, "num_kv_heads": self._kv_heads}
+        return replace(c, **heads, ffn_size=c.ffn_size // n, moe=moe)
 
     def kv_heads(self, index: int) -> Span:
         """A device's key-value heads."""
@@ -112,6 +115,25 @@ class Division:
     def share(self, index: int) -> "Share":
         """What the device has."""
         return Share(self, index)
+
+
+def _indivisible(config: ModelConfig) -> str | None:
+    """What of the model cannot be divided over devices."""
+    if config.latent is not None:
+        return "latent attention, one vector for all heads"
+    if config.sinks:
+        return "attention sinks"
+    if config.is_recurrent:
+        return "recurrent layers"
+    return "norms over all heads together" if config.qk_norm is QKNorm.PROJECTION else None
+
+
+def _feed_forward_sizes(config: ModelConfig) -> set[int]:
+    """Features of each kind of feed-forward layer that there is."""
+    if config.moe is None:
+        return {config.ffn_size}
+    dense = {config.ffn_size} if any(kind.dense for kind in config.layers) else set()
+    return (dense | {config.moe.size, config.moe.shared_size}) - {0}
 
 
 def _fits(config: ModelConfig, devices: int) -> bool:
@@ -186,7 +208,7 @@ class Share(Whole):
             case (*_, "out", "kernel"):
                 return self.division.heads(self.index).times(c.head_dim)
             case (*_, "down", "kernel") | (*_, "experts", "down", _):
-                return _even(c.ffn_size, n, self.index)
+                return _even(p.parts[0].shape[-1], n, self.index)
         return None
 
     def _outputs(self, p: Parameter, rows: Sequence[int]) -> list[list[Span]]:
@@ -213,7 +235,11 @@ class Share(Whole):
                 each = c.num_kv_heads * c.head_dim
                 return [(c.num_heads * c.head_dim, q), (each, kv), (each, kv)]
             case (*_, "gate_up", "kernel") | (*_, "experts", "gate_up", _):
-                return [(c.ffn_size, _even(c.ffn_size, d.devices, self.index))] * 2
+                size = sum(part.shape[-2] for part in p.parts) // 2
+                return [(size, _even(size, d.devices, self.index))] * 2
+            case (*_, "up", "kernel"):
+                size = p.parts[0].shape[-2]
+                return [(size, _even(size, d.devices, self.index))]
             case ("embedding",) | ("head",):
                 return [(c.vocab_size, _even(c.vocab_size, d.devices, self.index))]
         return []

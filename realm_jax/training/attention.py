@@ -40,6 +40,7 @@ class SequenceCache(Stepwise):
         scale: float,
         softcap: float | None,
         window: int | None,
+        sinks: Float[Array, "N"] | None = None,
     ) -> Float[Array, "B T N H"]:
         """As `Cache.attend`, in float32."""
         B, T, N, H = q.shape
@@ -47,7 +48,11 @@ class SequenceCache(Stepwise):
         scores = product("btkgh,bksh->bkgts", grouped, self.k) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        weights = jax.nn.softmax(jnp.where(_visible(T, window)[None, None, None], scores, HIDDEN), axis=-1)
+        scores = jnp.where(_visible(T, window)[None, None, None], scores, HIDDEN)
+        if sinks is not None:  # one more position, whose weight is then left out
+            sink = jnp.broadcast_to(sinks.reshape(1, self.k.shape[1], -1, 1, 1), (*scores.shape[:-1], 1))
+            scores = jnp.concatenate([scores, sink], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[..., :T]
         return product("bkgts,bksh->btkgh", weights, self.v).reshape(B, T, N, H)
 
 

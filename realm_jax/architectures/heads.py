@@ -1,0 +1,74 @@
+"""How many heads there are, and how large: of plain attention and of latent attention."""
+
+from dataclasses import dataclass
+
+from realm_jax.architectures.facts import Architecture
+from realm_jax.config import LatentConfig
+from realm_jax.errors import ModelFileError, UnsupportedError
+from realm_jax.metadata import Metadata
+
+MAX_HEADS = MAX_HEAD_DIM = 1 << 14
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads as the cache keeps them; rope_dim of a query are turned by default, score_dim scored."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_dim: int
+    score_dim: int
+    latent: LatentConfig | None = None
+
+
+def read_heads(arch: Architecture, meta: Metadata, hidden: int) -> Heads:
+    """The heads of a file's model."""
+    heads = meta.count("attention.head_count", MAX_HEADS)
+    return _latent(meta, heads) if arch.latent else _plain(meta, hidden, heads)
+
+
+def _plain(meta: Metadata, hidden: int, heads: int) -> Heads:
+    key_length = meta.count("attention.key_length", MAX_HEAD_DIM, default=_even_share(hidden, heads, meta))
+    if meta.count("attention.value_length", MAX_HEAD_DIM, default=key_length) != key_length:
+        raise UnsupportedError(f"{meta.source}: attention.value_length differs from key_length {key_length}")
+    kv_heads = meta.count("attention.head_count_kv", MAX_HEADS, default=heads)
+    if heads % kv_heads:
+        raise ModelFileError(
+            f"{meta.source}: {meta.architecture}.attention.head_count is {heads}, no multiple of "
+            f"head_count_kv {kv_heads}"
+        )
+    return Heads(heads, kv_heads, key_length, key_length, key_length)
+
+
+def _even_share(hidden: int, heads: int, meta: Metadata) -> int:
+    if hidden % heads and not meta.has("attention.key_length"):
+        raise ModelFileError(
+            f"{meta.source}: {meta.architecture}.embedding_length is {hidden}, no multiple of "
+            f"attention.head_count {heads}"
+        )
+    return hidden // heads
+
+
+def _latent(meta: Metadata, heads: int) -> Heads:
+    """One kv head, of the latent vector and the turned part of the key, which all queries share."""
+    if not meta.has("attention.key_length_mla"):
+        raise UnsupportedError(
+            f"{meta.source}: {meta.architecture}.attention.key_length_mla is missing: the file has attn_kv_b "
+            "in one piece, as converters wrote it before April 2025; convert the model again"
+        )
+    rope_dim = meta.count("rope.dimension_count", MAX_HEAD_DIM)
+    key_length = meta.count("attention.key_length_mla", MAX_HEAD_DIM)
+    if key_length <= rope_dim:
+        raise ModelFileError(
+            f"{meta.source}: {meta.architecture}.attention.key_length_mla is {key_length}; it must be more "
+            f"than rope.dimension_count {rope_dim}"
+        )
+    latent = LatentConfig(
+        query_rank=meta.count("attention.q_lora_rank", 1 << 20, default=0),
+        rank=meta.count("attention.kv_lora_rank", MAX_HEAD_DIM),
+        plain_dim=key_length - rope_dim,
+        rope_dim=rope_dim,
+        value_dim=meta.count("attention.value_length_mla", MAX_HEAD_DIM),
+    )
+    return Heads(heads, 1, latent.rank + rope_dim, rope_dim, key_length, latent)

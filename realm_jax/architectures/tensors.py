@@ -1,0 +1,189 @@
+"""The tensors of a model, and where in the params tree each stands."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from realm_jax.architectures.table import ARCHITECTURES
+from realm_jax.config import DeltaNetConfig, LatentConfig, LayerKind, ModelConfig, MoEConfig, QKNorm
+
+
+@dataclass(frozen=True)
+class Part:
+    """A GGUF tensor, or one expert's slice of it, and the shape it must have."""
+
+    name: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    suffix: str = "weight"
+
+    @property
+    def tensor(self) -> str:
+        """The whole name of the tensor."""
+        return f"{self.name}.{self.suffix}" if self.suffix else self.name
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A place in the params tree and the tensors, stacked along their outputs, that fill it.
+
+    kind: "matrix" is a projection or an embedding, "heads" a matrix for each head, "rms" and "layer" the
+    factors of such a norm, "vector" plain numbers.
+    """
+
+    path: tuple[str, ...]
+    parts: tuple[Part, ...]
+    kind: Literal["matrix", "heads", "rms", "layer", "vector"] = "matrix"
+    optional: bool = False
+    has_bias: bool = False  # one that must be there; matrices and layer norms may have others
+
+    @property
+    def is_vector(self) -> bool:
+        return self.kind in ("rms", "layer", "vector")
+
+
+def parameters(config: ModelConfig) -> list[Parameter]:
+    """Every parameter of the model, in the order in which the layers use them."""
+    D, V = config.hidden_size, config.vocab_size
+    found = [Parameter(("embedding",), (Part("token_embd", (V, D)),))]
+    if config.learned_positions:
+        found.append(Parameter(("positions",), (Part("position_embd", (config.context_length, D)),)))
+    for index, kind in enumerate(config.layers):
+        found += _Layer(config, index).parameters(kind)
+    found.append(_norm(config, ("norm", "scale"), Part("output_norm", (D,))))
+    found.append(Parameter(("head",), (Part("output", (V, D)),), optional=True))
+    return found
+
+
+def _norm(config: ModelConfig, path: tuple[str, ...], part: Part) -> Parameter:
+    """A norm over the hidden size."""
+    norm = ARCHITECTURES[config.architecture].norm
+    return Parameter(path, (part,), "rms" if norm == "rms" else "layer", has_bias=norm == "biased layer")
+
+
+class _Layer:
+    """The parameters of one layer."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        self.config, self.index = config, index
+        self.arch = ARCHITECTURES[config.architecture]
+
+    def parameters(self, kind: LayerKind) -> Iterator[Parameter]:
+        c, arch = self.config, self.arch
+        if c.pre_norms:
+            yield self._norm("attention_norm", "attn_norm" if c.shared_norm else arch.attention_norm)
+        if kind.delta_net is not None:
+            yield from self._delta_net(kind.delta_net)
+        elif c.latent is not None:
+            yield from self._latent_attention(c.latent)
+        else:
+            yield from self._attention(kind)
+        if c.pre_norms and not c.shared_norm:
+            yield self._norm("mlp_norm", arch.feed_forward_norm)
+        if c.post_norms:
+            yield self._norm("attention_post_norm", "post_attention_norm")
+            yield self._norm("mlp_post_norm", "post_ffw_norm")
+        yield from self._mlp() if c.moe is None or kind.dense else self._experts(c.moe)
+
+    def _at(self, path: str) -> tuple[str, ...]:
+        return (f"layer_{self.index}", *path.split("/"))
+
+    def _part(self, name: str, *shape: int) -> Part:
+        return Part(f"blk.{self.index}.{name}", shape)
+
+    def _norm(self, path: str, name: str) -> Parameter:
+        return _norm(self.config, self._at(f"{path}/scale"), self._part(name, self.config.hidden_size))
+
+    def _scale(self, path: str, name: str, size: int) -> Parameter:
+        """The factors of a norm of anything else: always of the root mean square."""
+        return Parameter(self._at(f"{path}/scale"), (self._part(name, size),), "rms")
+
+    def _matrix(self, path: str, *parts: Part, has_bias: bool = False) -> Parameter:
+        return Parameter(self._at(f"{path}/kernel"), parts, has_bias=has_bias)
+
+    def _attention(self, kind: LayerKind) -> Iterator[Parameter]:
+        c, part = self.config, self._part
+        D, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        fused = (part("attn_qkv", q + 2 * kv, D),)
+        gated_q = 2 * q if kind.is_gated else q  # each head's query, then its gate
+        separate = (part("attn_q", gated_q, D), part("attn_k", kv, D), part("attn_v", kv, D))
+        qkv = fused if self.arch.fused_qkv else separate
+        yield self._matrix("attention/qkv", *qkv, has_bias=self.arch.biased)
+        if c.qk_norm is not QKNorm.NONE:
+            sizes = (c.head_dim,) * 2 if c.qk_norm is QKNorm.HEAD else (q, kv)
+            yield self._scale("attention/q_norm", "attn_q_norm", sizes[0])
+            yield self._scale("attention/k_norm", "attn_k_norm", sizes[1])
+        if c.sinks:
+            yield Parameter(self._at("attention/sinks"), (part("attn_sinks", c.num_heads),), "vector")
+        yield self._matrix("attention/out", part("attn_output", D, q))
+
+    def _delta_net(self, net: DeltaNetConfig) -> Iterator[Parameter]:
+        part, D, H = self._part, self.config.hidden_size, net.value_heads
+        apart = part("ssm_beta", H, D), part("ssm_alpha", H, D)
+        scalars = (part("ssm_ba", 2 * H, D),) if net.is_grouped else apart
+        mixed, gate = part("attn_qkv", net.channels, D), part("attn_gate", net.values, D)
+        yield self._matrix("delta_net/in", mixed, gate, *scalars)
+        rate = Part(f"blk.{self.index}.ssm_a", (H,), suffix="")
+        bias = Part(f"blk.{self.index}.ssm_dt", (H,), suffix="bias")
+        taps = part("ssm_conv1d", net.channels, net.taps)
+        for path, vector in (("taps", taps), ("rate", rate), ("rate_bias", bias)):
+            yield Parameter(self._at(f"delta_net/{path}"), (vector,), "vector")
+        yield self._scale("delta_net/norm", "ssm_norm", net.head_dim)
+        yield self._matrix("delta_net/out", part("ssm_out", D, net.values))
+
+    def _latent_attention(self, latent: LatentConfig) -> Iterator[Parameter]:
+        c, part = self.config, self._part
+        D, N, rank = c.hidden_size, c.num_heads, latent.rank
+        queries = N * (latent.plain_dim + latent.rope_dim)
+        if latent.query_rank:
+            yield self._matrix("attention/q_down", part("attn_q_a", latent.query_rank, D))
+            yield self._scale("attention/q_norm", "attn_q_a_norm", latent.query_rank)
+            yield self._matrix("attention/q", part("attn_q_b", queries, latent.query_rank))
+        else:
+            yield self._matrix("attention/q", part("attn_q", queries, D))
+        yield self._matrix("attention/kv_down", part("attn_kv_a_mqa", rank + latent.rope_dim, D))
+        yield self._scale("attention/kv_norm", "attn_kv_a_norm", rank)
+        for path, up in (
+            ("attention/k_up", part("attn_k_b", N, rank, latent.plain_dim)),
+            ("attention/v_up", part("attn_v_b", N, latent.value_dim, rank)),
+        ):
+            yield Parameter(self._at(path), (up,), "heads")
+        yield self._matrix("attention/out", part("attn_output", D, N * latent.value_dim))
+
+    def _mlp(self) -> Iterator[Parameter]:
+        c, part = self.config, self._part
+        D, F = c.hidden_size, c.ffn_size
+        if not c.activation.is_gated:
+            yield self._matrix("mlp/up", part("ffn_up", F, D))
+        elif self.arch.fused_gate_up:
+            yield self._matrix("mlp/gate_up", part("ffn_up", 2 * F, D))
+        else:
+            yield self._matrix("mlp/gate_up", part("ffn_gate", F, D), part("ffn_up", F, D))
+        yield self._matrix("mlp/down", part("ffn_down", D, F))
+
+    def _experts(self, moe: MoEConfig) -> Iterator[Parameter]:
+        part = self._part
+        D, E, F = self.config.hidden_size, moe.num_experts, moe.size
+        yield self._matrix("mlp/router", part("ffn_gate_inp", E, D))
+        if moe.has_bias:
+            bias = Part(f"blk.{self.index}.exp_probs_b", (E,), suffix="bias")
+            yield Parameter(self._at("mlp/bias"), (bias,), "vector")
+        for e in range(E):
+
+            def mine(name: str, out: int, into: int, e: int = e) -> Part:
+                whole = part(name, E, out, into)
+                return Part(whole.name, whole.shape, e)
+
+            gate_up = mine("ffn_gate_exps", F, D), mine("ffn_up_exps", F, D)
+            yield Parameter(self._at(f"mlp/experts/gate_up/{e}"), gate_up)
+            yield Parameter(self._at(f"mlp/experts/down/{e}"), (mine("ffn_down_exps", D, F),))
+        if moe.shared_size:
+            yield from self._shared_expert(moe)
+
+    def _shared_expert(self, moe: MoEConfig) -> Iterator[Parameter]:
+        part, D, F = self._part, self.config.hidden_size, moe.shared_size
+        gate_up = part("ffn_gate_shexp", F, D), part("ffn_up_shexp", F, D)
+        yield self._matrix("mlp/shared/gate_up", *gate_up)
+        yield self._matrix("mlp/shared/down", part("ffn_down_shexp", D, F))
+        if moe.gated_shared:
+            yield Parameter(self._at("mlp/shared_gate"), (part("ffn_gate_inp_shexp", D),), "vector")
