@@ -139,6 +139,18 @@ def test_a_tile_has_the_same_bits_in_any_call() -> None:
     np.testing.assert_array_equal(together.memory[1], cache.memory[1])
 
 
+def test_a_step_has_the_same_bits_in_any_number_of_rows() -> None:
+    def stepped(rows: int) -> jax.Array:
+        cache = jax.tree.map(lambda x: jnp.full((rows, *x.shape[1:]), 0.5), used())
+        tokens = Tokens(*(getattr(rows_of(drawn(0), 32, 32, 1), name)[:rows] for name in NAMES))
+        at = jnp.full((rows, 1), 9, jnp.int32)
+        return jax.jit(lambda c, t: c.extend(t, c.rows(None, at, None)))(cache, tokens)[0]
+
+    most = stepped(32)
+    for rows in (1, 16):
+        np.testing.assert_array_equal(stepped(rows), most[:rows])
+
+
 def test_a_convolution_goes_on_through_tiles_and_steps() -> None:
     rng = np.random.default_rng(2)
     x = rng.standard_normal((LONGEST, NET.channels)).astype(np.float32)
