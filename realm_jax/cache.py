@@ -15,6 +15,7 @@ from realm_jax.config import BLOCK, Kernels, ModelConfig, Numerics
 from realm_jax.kernels import attention
 from realm_jax.kernels.native import calls
 from realm_jax.kernels.tiles import LANES
+from realm_jax.recurrent_cache import RecurrentCache
 
 Slots = Int[Array, "B"] | None
 """The slot of each row; None where row b is slot b."""
@@ -81,14 +82,22 @@ class Cache(Protocol):
         ...
 
 
-def empty_caches(model: ModelConfig, slots: int, capacity: int, numerics: Numerics) -> tuple[Cache, ...]:
+LayerCache = Cache | RecurrentCache
+
+
+def empty_caches(model: ModelConfig, slots: int, capacity: int, numerics: Numerics) -> tuple[LayerCache, ...]:
     """Caches of so many empty slots, one for each layer of a model."""
     shape = slots, model.num_kv_heads, capacity, model.head_dim
     if _is_latent(model, numerics.kv_dtype):
         return tuple(
             LatentCache(jnp.zeros(shape, _storage(numerics)), kernels=numerics.kernels) for _ in model.layers
         )
-    return tuple(empty_cache(shape, numerics, sinks=model.sinks) for _ in model.layers)
+    return tuple(
+        empty_cache(shape, numerics, sinks=model.sinks)
+        if kind.delta_net is None
+        else RecurrentCache.empty(slots, capacity, kind.delta_net)
+        for kind in model.layers
+    )
 
 
 def _is_latent(model: ModelConfig, kv_dtype: str) -> bool:
@@ -121,10 +130,11 @@ def _storage(numerics: Numerics) -> type:
 
 
 def cached_bytes(model: ModelConfig, kv_dtype: str) -> int:
-    """Bytes that the caches of all layers keep of one token."""
+    """Bytes that the caches of all layers with attention keep of one token."""
+    layers = sum(kind.delta_net is None for kind in model.layers)
     head = {"int8": model.head_dim + 4, "bfloat16": 2 * model.head_dim, "float32": 4 * model.head_dim}
     arrays = 1 if _is_latent(model, kv_dtype) else 2
-    return arrays * model.num_layers * model.num_kv_heads * head[kv_dtype]
+    return arrays * layers * model.num_kv_heads * head[kv_dtype]
 
 
 class Stepwise:

@@ -16,16 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from realm_jax.banks import Bank
 from realm_jax.buckets import Pool
-from realm_jax.config import MAX_LORAS_PER_REQUEST, TILE, Numerics
+from realm_jax.config import MAX_LORAS_PER_REQUEST, Numerics
 from realm_jax.lora.banked import AdapterRows
 from realm_jax.model import Caches, Transformer, hidden_states, next_token_logits
 from realm_jax.processors import UNCHANGED, EachRow, Unchanged, Written
 from realm_jax.sampling import TokenLogprobs, sample
 from realm_jax.sampling_rows import HostOrDevice, SamplingRows, TokenCounts
 from realm_jax.weights import Params
-
-COPIED = 4
-"""A slot is copied so many tiles at a time: no second whole slot on the way, and not one call a tile."""
 
 
 @struct.dataclass
@@ -148,7 +145,9 @@ class Autoregressive:
         slots, is_last = tiles.slots, tiles.is_last
         S, capacity = state.history.shape
         positions = tile_positions(tiles, S, capacity)
-        hidden, caches = hidden_states(self.model, params, tiles.tokens, positions, state.caches, slots)
+        hidden, caches = hidden_states(
+            self.model, params, tiles.tokens, positions, state.caches, slots, tiles.lengths
+        )
         history = state.history.at[slots[:, None], positions].set(tiles.tokens, mode="drop")
         ends = tiles.starts + tiles.lengths
         token, logprobs = self._sample_last(params, hidden, history, tiles, ends)
@@ -262,60 +261,3 @@ def tile_positions(tiles: PromptTiles, slots: int, capacity: int) -> Int[Array, 
     """Where each token of the tiles stands; past the end for unused tiles."""
     at = tiles.starts[:, None] + jnp.arange(tiles.tokens.shape[1], dtype=jnp.int32)[None]
     return jnp.where((tiles.slots < slots)[:, None], at, capacity)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def copy_within(
-    state: DecodeState, from_slot: Int[Array, ""], to_slot: Int[Array, ""], tiles: Int[Array, ""]
-) -> DecodeState:
-    """The state with what a slot's first tiles hold also in `to_slot`."""
-    return _copied(None, state, from_slot, to_slot, tiles)
-
-
-@functools.partial(jax.jit, donate_argnums=1)
-def copy_up(
-    source: DecodeState,
-    target: DecodeState,
-    from_slot: Int[Array, ""],
-    to_slot: Int[Array, ""],
-    tiles: Int[Array, ""],
-) -> DecodeState:
-    """The target with what the first tiles of a smaller pool's slot hold in `to_slot`."""
-    return _copied(source, target, from_slot, to_slot, tiles)
-
-
-def _copied(
-    source: DecodeState | None, target: DecodeState, from_slot: Array, to_slot: Array, tiles: Array
-) -> DecodeState:
-    """source: None where it is the target, of which no second version may be kept alive."""
-    held = target if source is None else source
-    most = held.history.shape[1] // TILE
-    step = min(COPIED, most)
-
-    def copy_some(i: Array, caches: Any) -> Any:
-        at = jnp.minimum(i * step, most - step)
-
-        def copy(s: Array, t: Array) -> Array:
-            width = s.shape[2] // most  # of a tile: its positions, or blocks of them
-            rest = (0,) * (s.ndim - 3)
-            some = (1, s.shape[1], step * width, *s.shape[3:])
-            values = jax.lax.dynamic_slice(s, (from_slot, 0, at * width, *rest), some)
-            return jax.lax.dynamic_update_slice(t, values, (to_slot, 0, at * width, *rest))
-
-        return jax.tree.map(copy, caches if source is None else _caches(source), caches)
-
-    def copy_row(s: Array, t: Array) -> Array:
-        row = jax.lax.dynamic_slice_in_dim(s, from_slot, 1)
-        return jax.lax.dynamic_update_slice(t, row, (to_slot, *(0 for _ in t.shape[1:])))
-
-    caches = jax.lax.fori_loop(jnp.int32(0), -(-tiles // step), copy_some, _caches(target))
-    rest = jax.tree.map(copy_row, _with_caches(held, ((), ())), _with_caches(target, ((), ())))
-    return _with_caches(rest, caches)
-
-
-def _caches(state: DecodeState) -> tuple[Any, Any]:
-    return state.caches, state.draft.caches
-
-
-def _with_caches(state: DecodeState, caches: tuple[Any, Any]) -> DecodeState:
-    return replace(state, caches=caches[0], draft=replace(state.draft, caches=caches[1]))

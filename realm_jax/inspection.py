@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from realm_jax import weights
-from realm_jax.architectures import parameters, read_config
+from realm_jax.architectures import read_config
 from realm_jax.cache import cached_bytes
 from realm_jax.chat import ChatTemplate
 from realm_jax.config import ModelConfig, Numerics
 from realm_jax.gguf import GGUFFile, TensorInfo
 from realm_jax.kernels import native
 from realm_jax.quant import dequantize
+from realm_jax.recurrent_cache import state_bytes
 from realm_jax.tokenizer import Tokenizer
 
 NUMERICS = {
@@ -38,7 +39,7 @@ def describe(file: GGUFFile) -> dict[str, Any]:
     """Facts for a person or a script; raises what loading would, short of reading the weights."""
     name = file.path.name
     config = read_config(file)
-    weights.check_tensors(file, parameters(config))
+    weights.check_tensors(file, config)
     tokenizer = Tokenizer.from_metadata(file.metadata, name)
     template = ChatTemplate.from_metadata(file.metadata, name)
     mix = Counter[str]()
@@ -69,11 +70,13 @@ def describe(file: GGUFFile) -> dict[str, Any]:
 
 
 def memory(file: GGUFFile, config: ModelConfig) -> dict[str, dict[str, int]]:
-    """Bytes that a run needs, by arithmetic: the weights, and the cache of 1,024 tokens of one sequence."""
+    """Bytes that a run needs, by arithmetic: the weights, the cache of 1,024 tokens of one sequence, and what
+    recurrent layers keep of a sequence."""
     return {
         name: {
             "weights": weights.planned_bytes(file, config, numerics),
             "cache_per_1024_tokens": 1024 * cached_bytes(config, numerics.kv_dtype),
+            "state_per_sequence": state_bytes(config),
         }
         for name, numerics in NUMERICS.items()
     }

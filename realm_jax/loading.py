@@ -20,6 +20,7 @@ from realm_jax.errors import CapacityError, UnsupportedError
 from realm_jax.lora import Adapter, Base, FoldedFile
 from realm_jax.model import Transformer
 from realm_jax.parallel import Placement, place
+from realm_jax.recurrent_cache import state_bytes
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.tools import Toolset, ToolUse, find_tool_use, has_calls
 from realm_jax.weights import Params
@@ -167,7 +168,9 @@ def plan_memory(file: FoldedFile, model: ModelConfig, config: EngineConfig, nume
             f"--memory is for --device cpu; on {runtime.backend()} set XLA_PYTHON_CLIENT_MEM_FRACTION"
         )
     context = config.context_for(model)
-    caches = Buckets.plan(context, config).cached_tokens * cached_bytes(model, numerics.kv_dtype)
+    buckets = Buckets.plan(context, config)
+    caches = buckets.cached_tokens * cached_bytes(model, numerics.kv_dtype)
+    caches += sum(pool.slots for pool in buckets.pools) * state_bytes(model)
     return MemoryPlan(weights.planned_bytes(file, model, numerics), caches, context)
 
 

@@ -101,6 +101,11 @@ class Metadata:
         period = self.count(key, 1 << 12, default=period)
         return [layer % period < period - 1 for layer in range(layers)]
 
+    def flags(self, key: str) -> np.ndarray | None:
+        """An optional array, one value a layer; None where the value is none."""
+        value = self._all.get(f"{self.architecture}.{key}")
+        return value if isinstance(value, np.ndarray) and value.ndim == 1 else None
+
     def vocabulary_size(self) -> int:
         """How many tokens the file lists, which the embedding must match."""
         tokens = self._all.get("tokenizer.ggml.tokens")

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from realm_jax.cache import Cache, empty_caches
+from realm_jax.cache import LayerCache, empty_caches
 from realm_jax.config import ModelConfig, Numerics
 from realm_jax.layers import Block, Norm, Where
 
-Caches = tuple[Cache, ...]  # one a layer: a single stacked array would be copied whole at each step
+Caches = tuple[LayerCache, ...]  # one a layer: a single stacked array would be copied whole at each step
 
 
 class Transformer(nn.Module):
-    """Every dense and mixture-of-experts family, through the switches of `ModelConfig`.
+    """Every dense, mixture-of-experts and hybrid family, through the switches of `ModelConfig`.
 
     block: the kind of a layer's module; training may choose one that keeps less for the backward pass.
     """
@@ -30,11 +30,13 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"],
         caches: Caches,
         slots: Int[Array, "B"] | None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches]:
         """Hidden states after the last norm; each row's keys and values stand in its slot's cache.
 
         slots: None where row b is slot b. A row whose positions are at or past the capacity, or whose
-        slot is past the last, leaves nothing behind.
+        slot is past the last, leaves nothing behind. lengths: how many tokens of each row are real, the
+        first ones; None: all. Rows of one slot stand in order, each at one position after the other.
         """
         c = self.config
         x = self.get_variable("params", "embedding").rows(tokens) * c.embedding_scale
@@ -43,7 +45,8 @@ class Transformer(nn.Module):
                 jnp.minimum(positions, c.context_length - 1)
             )
         ropes = self.get_variable("params", "rope")
-        where = Where(slots, positions, {name: rope.at(positions) for name, rope in ropes.items()})
+        turns = {name: rope.at(positions) for name, rope in ropes.items()}
+        where = Where(slots, positions, turns, lengths)
         written = []
         for i, (kind, cache) in enumerate(zip(c.layers, caches, strict=True)):
             block = self.block(c, kind, parent=None)
@@ -81,9 +84,10 @@ def hidden_states(
     positions: Int[Array, "B T"],
     caches: Caches,
     slots: Int[Array, "B"] | None,
+    lengths: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Caches]:
     """The model called with its params."""
-    return model.apply({"params": params}, tokens, positions, caches, slots)  # pyright: ignore[reportReturnType]
+    return model.apply({"params": params}, tokens, positions, caches, slots, lengths)  # pyright: ignore[reportReturnType]
 
 
 def next_token_logits(
@@ -94,6 +98,8 @@ def next_token_logits(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply_block(block: Block, params: Any, x: Array, cache: Cache, where: Where) -> tuple[Array, Cache]:
+def _apply_block(
+    block: Block, params: Any, x: Array, cache: LayerCache, where: Where
+) -> tuple[Array, LayerCache]:
     """The block, traced once for all layers of its kind rather than once a layer."""
     return block.apply({"params": params}, x, cache, where)  # pyright: ignore[reportReturnType]

@@ -1,10 +1,11 @@
 """Which strategy a run has: plain decoding, or a drafter beside it, if that fits the model; its engine."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from realm_jax.config import EngineConfig
+from realm_jax.config import EngineConfig, ModelConfig
 from realm_jax.decoding import Autoregressive, Strategy
 from realm_jax.drafters import Drafter, DraftModel, NGram
 from realm_jax.errors import CapacityError, RealmError, RequestError, UnsupportedError
@@ -17,6 +18,8 @@ from realm_jax.serving.engine import Engine
 from realm_jax.speculative import Speculative
 from realm_jax.tokenizer import Tokenizer
 from realm_jax.weights import Params
+
+_log = logging.getLogger(__name__)
 
 
 def resolve_spec_type(config: EngineConfig, draft_model: str | Path | None) -> str:
@@ -32,20 +35,40 @@ def resolve_spec_type(config: EngineConfig, draft_model: str | Path | None) -> s
     return config.spec_type
 
 
+def fitting(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """The configuration without what the model's layers do not allow."""
+    if not (model.is_recurrent and config.prefix_caching):
+        return config
+    _log.info("prefixes are not reused: recurrent layers have one state for a whole sequence")
+    return replace(config, prefix_caching=False)
+
+
+def _refuse_recurrent(model: LoadedModel, wanted: str) -> None:
+    if model.config.is_recurrent:
+        raise UnsupportedError(
+            f"{wanted}, but {model.path.name} has recurrent layers, whose state cannot take back a "
+            "wrong guess (leave out spec_type and the draft model)"
+        )
+
+
 def load_draft(
     path: Path, target: LoadedModel, config: EngineConfig, on_load: LoadProgress | None
 ) -> LoadedModel:
     """The draft model, for the target's context and in the memory that the target leaves.
 
-    Raises as `load_model` does, and RequestError where the draft was trained for a shorter context.
+    Raises as `load_model` does, RequestError where the draft was trained for a shorter context, and
+    UnsupportedError where one of both has recurrent layers.
     """
+    _refuse_recurrent(target, "a draft model is given")
     memory = None if target.spare is None else max(target.spare, 1)
     try:
-        return load_model(path, replace(config, ctx_size=target.context, memory=memory), on_load)
+        draft = load_model(path, replace(config, ctx_size=target.context, memory=memory), on_load)
     except CapacityError as error:
         raise CapacityError(f"the draft model, in what the model leaves of --memory: {error}") from error
     except RealmError as error:
         raise type(error)(f"the draft model: {error}") from error
+    _refuse_recurrent(draft, "it was to draft")
+    return draft
 
 
 @dataclass(frozen=True)
@@ -72,7 +95,7 @@ class Parts:
             params,
             self.target.tokenizer,
             context=self.target.context,
-            config=self.config,
+            config=fitting(self.config, self.target.config),
             numerics=self.target.numerics,
             placement=self.target.placement,
             spare=(self.draft or self.target).spare,
@@ -86,6 +109,7 @@ class Parts:
         target, draft = self.target, self.draft
         if self.spec_type == "none":
             return plain, target.params, None
+        _refuse_recurrent(target, f"spec_type is {self.spec_type!r}")
         drafter: Drafter = NGram()
         params = target.params
         if draft is not None:

@@ -49,7 +49,7 @@ def load(
     Raises ModelFileError with all missing, extra and mis-shaped tensors before anything is read.
     """
     wanted = parameters(config)
-    check_tensors(file, wanted)
+    check_tensors(file, config)
     present = [p for p in wanted if _is_present(file, p)]
     params: Params = {"rope": placement.same(lambda: _ropes(file, config, context, numerics))}
     load = partial(_load_parameter, file, config, numerics, placement, progress)
@@ -177,11 +177,16 @@ def _ropes(file: TensorFile, config: ModelConfig, context: int, numerics: Numeri
     }
 
 
-def check_tensors(file: TensorFile, wanted: list[Parameter]) -> None:
-    """Raises one error that names every tensor that is missing, extra or of another shape."""
+def check_tensors(file: TensorFile, config: ModelConfig) -> None:
+    """Raises one error that names every tensor that is missing, extra or of another shape.
+
+    Those of layers that only draft are left alone.
+    """
     problems: list[str] = []
+    last = config.num_layers
+    unused = tuple(f"blk.{i}." for i in range(last, last + config.unused_layers))
     known: set[str] = set(ROPE_TENSORS)
-    for parameter in wanted:
+    for parameter in parameters(config):
         for part in parameter.parts:
             weight, bias = part.tensor, part.name + ".bias"
             shapes = {weight: part.shape}
@@ -197,7 +202,11 @@ def check_tensors(file: TensorFile, wanted: list[Parameter]) -> None:
                 for name, shape in shapes.items()
                 if name in file.tensors and file.tensors[name].shape != shape
             ]
-    problems += [f"{ascii(name)[1:-1][:100]} is unknown" for name in file.tensors if name not in known]
+    problems += [
+        f"{ascii(name)[1:-1][:100]} is unknown"
+        for name in file.tensors
+        if name not in known and not name.startswith(unused)
+    ]
     problems = list(dict.fromkeys(problems))  # an expert's tensor is named once, not once an expert
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""

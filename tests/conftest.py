@@ -19,6 +19,7 @@ SHAPED = (
     *(
         "banks",
         "cache",
+        "delta_rule",
         "decoding",
         "drafters",
         "experts",
@@ -29,8 +30,8 @@ SHAPED = (
         "native_nodes",
         "nodes",
     ),
-    *("projections", "quant", "research", "rope", "sampling", "sampling_rows", "scoring", "sequence_cache"),
-    *("speculative", "training", "weights"),
+    *("projections", "quant", "recurrent_cache", "research", "rope", "sampling", "sampling_rows", "scoring"),
+    *("sequence_cache", "slot_copies", "speculative", "training", "weights"),
 )
 """The modules whose functions take arrays; in the others these checks took most of the time of long tests."""
 install_import_hook([f"realm_jax.{name}" for name in SHAPED], "runtime_types.check")

@@ -18,9 +18,9 @@ from realm_jax import LLM, CapacityError, RequestError, SamplingParams
 from realm_jax.buckets import Pool
 from realm_jax.cache import Int8Cache, empty_cache
 from realm_jax.config import TILE, Numerics
-from realm_jax.decoding import copy_up, copy_within
 from realm_jax.kernels import reference
 from realm_jax.serving.request import FinishReason, GenerationOutput, Request, TextDelta
+from realm_jax.slot_copies import copy_up, copy_within
 
 rng = random.Random(0)
 

@@ -32,6 +32,8 @@ FLOORS = {
         "kernels",
         "rope",
         "cache",
+        "delta_rule",
+        "recurrent_cache",
         "sampling",
         "sampling_rows",
         "sequence_cache",
@@ -40,6 +42,7 @@ FLOORS = {
     | {"tokenizer", "grammars", "chat", "tools", "gguf", "metadata", "hub", "runtime", "programs"},
     2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
     3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring", "convert", "quantization"}
+    | {"slot_copies"}
     | {
         f"serving.{name}"
         for name in (
@@ -118,6 +121,7 @@ WITHIN_A_FLOOR = {
     ("serving.request", "serving.drafting"),
     ("serving.engine", "serving.stopwatch"),
     ("drafters", "decoding"),
+    ("slot_copies", "decoding"),
     ("speculative", "decoding"),
     ("speculative", "drafters"),
     ("llm", "speculation"),
@@ -134,6 +138,9 @@ WITHIN_A_FLOOR = {
     ("sequence_cache", "cache"),
     ("sequence_cache", "kernels"),
     ("research", "llm"),
+    ("delta_rule", "kernels"),
+    ("recurrent_cache", "delta_rule"),
+    ("cache", "recurrent_cache"),
     ("serving.transcript", "serving.request"),
     ("serving.serve_config", "serving.model_entries"),
     ("serving.batch", "llm"),

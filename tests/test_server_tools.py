@@ -137,7 +137,9 @@ def test_where_the_model_decides_an_answer_without_calls_is_as_ever(
         said = shown(answer)
         assert same(said, streamed | {"content": streamed["content"] or said["content"]})
         params = SamplingParams(seed=seed, max_tokens=40, logit_bias=bias, skip_special_tokens=False)
-        (wanted,) = asyncio.run(server.engine.call(partial(LLM.generate, prompts=[prompt], params=params)))
+        (wanted,) = asyncio.run(
+            server.engine.call("tiny", partial(LLM.generate, prompts=[prompt], params=params))
+        )
         if MARKER not in wanted.text:
             assert answer.message.content == wanted.text and not answer.message.tool_calls
             assert answer.finish_reason == wanted.finish_reason
@@ -200,7 +202,7 @@ def test_batch_lines_take_tools(server: RealmServer, tmp_path: Path) -> None:
     line = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": tool("nothing"), "max_tokens": 200}
     bad = line | {"tools": [tool("nothing", {"properties": {"a": {"pattern": "("}}})]}
     source.write_text("\n".join(json.dumps(each) for each in (line, bad)))
-    asyncio.run(server.engine.call(lambda llm: BatchJob(llm, source, target).run()))
+    asyncio.run(server.engine.call("tiny", lambda llm: BatchJob(llm, source, target).run()))
     found = {row["custom_id"]: row for row in map(json.loads, target.read_text().splitlines())}
     (choice,) = found["line-1"]["response"]["body"]["choices"]
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None

@@ -48,7 +48,7 @@ def write_model(
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(head_dim)
-    _add_vocabulary(writer, control)
+    add_vocabulary(writer, control)
     if template is not None:
         writer.add_chat_template(template)
     for key, value in (metadata or {}).items():
@@ -104,7 +104,7 @@ def _q4_k(values: np.ndarray) -> np.ndarray:
     ).reshape(*values.shape[:-1], -1)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, control: tuple[str, ...]) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, control: tuple[str, ...] = ()) -> None:
     """Three special tokens, all bytes, and printable pieces: any text can be encoded."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     words = [chr(ord("a") + i) for i in range(26)] + [f"▁{chr(ord('a') + i)}" for i in range(26)] + ["▁"]

@@ -41,6 +41,7 @@ class Architecture:
     local_rope: windowed layers turn by a rope of their own, unscaled; a number: with this base.
     yarn_multiplier: what `rope.scaling.yarn_log_multiplier` is multiplied by; None = it is not read.
     scale_by_width: (num_layers, ...) whose attention scale is (hidden / heads)**-0.5, as in 27B Gemmas.
+    value_heads: of gated delta nets, whose value heads are tiled over the key heads or grouped by them.
     logit_scale: whether logits are multiplied or divided by the key of this name.
     """
 
@@ -73,5 +74,6 @@ class Architecture:
     has_temperature: bool = False
     logit_scale: Literal["none", "multiplies", "divides"] = "none"
     sinks: bool = False
+    value_heads: Literal["tiled", "grouped"] | None = None
     latent: bool = False  # keys and values are made of one small vector a token
     experts: MoEFacts | None = None

@@ -6,7 +6,7 @@ from realm_jax.architectures.mixture import MAX_SIZE, leading_dense, read_moe
 from realm_jax.architectures.rotary import layer_kinds, read_ropes, yarn_score_factor
 from realm_jax.architectures.table import ARCHITECTURES
 from realm_jax.config import ModelConfig, Temperature
-from realm_jax.errors import UnsupportedError
+from realm_jax.errors import ModelFileError, UnsupportedError
 from realm_jax.gguf import GGUFFile
 from realm_jax.metadata import Metadata
 
@@ -24,7 +24,10 @@ def read_config(file: GGUFFile) -> ModelConfig:
         )
     arch = ARCHITECTURES[name]
     hidden = meta.count("embedding_length", 1 << 20)
-    layers = meta.count("block_count", max(1, len(file.tensors)))  # each layer has tensors
+    unused = meta.count("nextn_predict_layers", 16, default=0)
+    layers = meta.count("block_count", max(1, len(file.tensors))) - unused  # each layer has tensors
+    if layers < 1:
+        raise ModelFileError(f"{meta.source}: {name}.nextn_predict_layers is {unused}, all of block_count")
     heads = read_heads(arch, meta, hidden)
     moe = read_moe(arch, meta, file, layers)
     kinds = layer_kinds(arch, meta, layers, dense=leading_dense(moe, meta, layers))
@@ -61,6 +64,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         latent=heads.latent,
         has_reordered_heads=arch.interleaved_rope and arch.reordered,
         moe=moe,
+        unused_layers=unused,
     )
 
 

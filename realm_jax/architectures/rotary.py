@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from realm_jax.architectures.facts import Architecture
+from realm_jax.architectures.hybrid import hybrid_kinds
 from realm_jax.config import LayerKind, RopeConfig
 from realm_jax.errors import ModelFileError
 from realm_jax.metadata import Metadata
@@ -11,6 +12,8 @@ from realm_jax.metadata import Metadata
 
 def layer_kinds(arch: Architecture, meta: Metadata, layers: int, dense: int) -> tuple[LayerKind, ...]:
     """What distinguishes each layer; `dense`: so many of the first have a plain feed-forward layer."""
+    if arch.value_heads is not None:
+        return hybrid_kinds(meta, layers, is_grouped=arch.value_heads == "grouped")
     windows = _windows(arch, meta, layers)
     return tuple(
         LayerKind(window, _rope(arch, i, window), dense=i < dense) for i, window in enumerate(windows)

@@ -16,6 +16,7 @@ _COHERE = Architecture(
     second_norms=("ffn_norm",),
     logit_scale="multiplies",
 )
+_QWEN35 = Architecture(qk_norm=QKNorm.HEAD, feed_forward_norm="post_attention_norm", value_heads="tiled")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
@@ -27,6 +28,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2moe": Architecture(biased=True, experts=MoEFacts(renormalize=False, gated_shared=True)),
     "qwen3": Architecture(qk_norm=QKNorm.HEAD),
     "qwen3moe": Architecture(qk_norm=QKNorm.HEAD, experts=MoEFacts()),
+    "qwen3next": replace(_QWEN35, value_heads="grouped", experts=MoEFacts(gated_shared=True)),
+    "qwen35": _QWEN35,
+    "qwen35moe": replace(_QWEN35, experts=MoEFacts(gated_shared=True)),
     "gemma": _GEMMA,
     "gemma2": replace(
         _GEMMA,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from realm_jax.architectures.table import ARCHITECTURES
-from realm_jax.config import LatentConfig, LayerKind, ModelConfig, MoEConfig, QKNorm
+from realm_jax.config import DeltaNetConfig, LatentConfig, LayerKind, ModelConfig, MoEConfig, QKNorm
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Part:
 
     @property
     def tensor(self) -> str:
-        return f"{self.name}.{self.suffix}"
+        """The whole name of the tensor."""
+        return f"{self.name}.{self.suffix}" if self.suffix else self.name
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,12 @@ class _Layer:
         c, arch = self.config, self.arch
         if c.pre_norms:
             yield self._norm("attention_norm", "attn_norm" if c.shared_norm else arch.attention_norm)
-        yield from self._attention() if c.latent is None else self._latent_attention(c.latent)
+        if kind.delta_net is not None:
+            yield from self._delta_net(kind.delta_net)
+        elif c.latent is not None:
+            yield from self._latent_attention(c.latent)
+        else:
+            yield from self._attention(kind)
         if c.pre_norms and not c.shared_norm:
             yield self._norm("mlp_norm", arch.feed_forward_norm)
         if c.post_norms:
@@ -95,11 +101,12 @@ class _Layer:
     def _matrix(self, path: str, *parts: Part, has_bias: bool = False) -> Parameter:
         return Parameter(self._at(f"{path}/kernel"), parts, has_bias=has_bias)
 
-    def _attention(self) -> Iterator[Parameter]:
+    def _attention(self, kind: LayerKind) -> Iterator[Parameter]:
         c, part = self.config, self._part
         D, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         fused = (part("attn_qkv", q + 2 * kv, D),)
-        separate = (part("attn_q", q, D), part("attn_k", kv, D), part("attn_v", kv, D))
+        gated_q = 2 * q if kind.is_gated else q  # each head's query, then its gate
+        separate = (part("attn_q", gated_q, D), part("attn_k", kv, D), part("attn_v", kv, D))
         qkv = fused if self.arch.fused_qkv else separate
         yield self._matrix("attention/qkv", *qkv, has_bias=self.arch.biased)
         if c.qk_norm is not QKNorm.NONE:
@@ -109,6 +116,20 @@ class _Layer:
         if c.sinks:
             yield Parameter(self._at("attention/sinks"), (part("attn_sinks", c.num_heads),), "vector")
         yield self._matrix("attention/out", part("attn_output", D, q))
+
+    def _delta_net(self, net: DeltaNetConfig) -> Iterator[Parameter]:
+        part, D, H = self._part, self.config.hidden_size, net.value_heads
+        apart = part("ssm_beta", H, D), part("ssm_alpha", H, D)
+        scalars = (part("ssm_ba", 2 * H, D),) if net.is_grouped else apart
+        mixed, gate = part("attn_qkv", net.channels, D), part("attn_gate", net.values, D)
+        yield self._matrix("delta_net/in", mixed, gate, *scalars)
+        rate = Part(f"blk.{self.index}.ssm_a", (H,), suffix="")
+        bias = Part(f"blk.{self.index}.ssm_dt", (H,), suffix="bias")
+        taps = part("ssm_conv1d", net.channels, net.taps)
+        for path, vector in (("taps", taps), ("rate", rate), ("rate_bias", bias)):
+            yield Parameter(self._at(f"delta_net/{path}"), (vector,), "vector")
+        yield self._scale("delta_net/norm", "ssm_norm", net.head_dim)
+        yield self._matrix("delta_net/out", part("ssm_out", D, net.values))
 
     def _latent_attention(self, latent: LatentConfig) -> Iterator[Parameter]:
         c, part = self.config, self._part

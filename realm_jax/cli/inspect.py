@@ -114,7 +114,8 @@ def _memory_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         backends = [backend for backend, default in facts["default_storage"].items() if default == storage]
         default = f" (default on {', '.join(backends)})" if backends else ""
         cache = size(need["cache_per_1024_tokens"])
+        state = f", state {size(need['state_per_sequence'])}" if need["state_per_sequence"] else ""
         yield (
             f"memory, {storage}",
-            f"weights {size(need['weights'])}, cache {cache} per 1,024 tokens{default}",
+            f"weights {size(need['weights'])}, cache {cache} per 1,024 tokens{state}{default}",
         )

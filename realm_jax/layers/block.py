@@ -3,9 +3,11 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from realm_jax.cache import Cache
+from realm_jax.cache import LayerCache
 from realm_jax.config import LayerKind, ModelConfig
 from realm_jax.layers.attention import Attention
+from realm_jax.layers.delta_net import GatedDeltaNet
+from realm_jax.layers.gated_attention import GatedAttention
 from realm_jax.layers.latent_attention import LatentAttention
 from realm_jax.layers.mlp import MLP
 from realm_jax.layers.moe import MoE
@@ -13,29 +15,32 @@ from realm_jax.layers.projection import Norm, Where
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each around a residual, one after the other or side by side."""
+    """A mixer of tokens and feed-forward, each around a residual, one after the other or side by side."""
 
     config: ModelConfig
     kind: LayerKind
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], cache: Cache, where: Where
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+        self, x: Float[Array, "B T D"], cache: LayerCache, where: Where
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
         c = self.config
         normed = self._norm("attention_norm", x) if c.pre_norms else x
-        attention = (
-            Attention(c, self.kind, name="attention")
-            if c.latent is None
-            else LatentAttention(c, self.kind, name="attention")
-        )
-        mixed, cache = attention(normed, cache, where)
+        mixed, cache = self._mixer()(normed, cache, where)
         if c.parallel:
             fed = self._feed_forward(normed if c.shared_norm else self._norm("mlp_norm", x))
             return x + (mixed + fed) * c.residual_scale, cache
         x = self._added(x, mixed, "attention_post_norm")
         fed = self._feed_forward(self._norm("mlp_norm", x) if c.pre_norms else x)
         return self._added(x, fed, "mlp_post_norm"), cache
+
+    def _mixer(self) -> nn.Module:
+        """What lets tokens see those before them."""
+        c, kind = self.config, self.kind
+        if kind.delta_net is not None:
+            return GatedDeltaNet(c, kind.delta_net, name="delta_net")
+        attention = GatedAttention if kind.is_gated else Attention if c.latent is None else LatentAttention
+        return attention(c, kind, name="attention")
 
     def _norm(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return Norm(self.config.norm_eps, name=name)(x)

@@ -17,6 +17,7 @@ class Where:
     slots: jax.Array | None  # [B]; None: row b is slot b
     positions: jax.Array  # [B, T] absolute
     rotations: dict[str, Rotation]
+    lengths: jax.Array | None = None  # [B] tokens of each row that are real; None: all
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:

@@ -92,6 +92,8 @@ class Layout:
 
     def _fused(self, layer: int, whole: str) -> str | None:
         """The layer's tensor that holds the fused projection, without .weight."""
+        if self.base.config.layers[layer].delta_net is not None and whole == QKV:
+            return None  # its attn_qkv is no attention's
         tensor = f"blk.{layer}.{'attn_qkv' if whole == QKV else 'ffn_up'}"
         shape = self.base.shapes.get(f"{tensor}.weight", ())
         rows = sum(self._count(part) for part in FUSED[whole])

@@ -123,6 +123,8 @@ def _indivisible(config: ModelConfig) -> str | None:
         return "latent attention, one vector for all heads"
     if config.sinks:
         return "attention sinks"
+    if config.is_recurrent:
+        return "recurrent layers"
     return "norms over all heads together" if config.qk_norm is QKNorm.PROJECTION else None
 
 

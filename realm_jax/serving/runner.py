@@ -18,8 +18,6 @@ from realm_jax.decoding import (
     StepOutput,
     StepRows,
     Strategy,
-    copy_up,
-    copy_within,
 )
 from realm_jax.errors import CapacityError
 from realm_jax.model import Transformer
@@ -29,6 +27,7 @@ from realm_jax.scoring import TargetLogprobs, score_tiles
 from realm_jax.serving.packing import PromptTargets, pack_masks, pack_prompts, pack_rows
 from realm_jax.serving.plans import Copy, Decode, Prefill
 from realm_jax.serving.request import Sequence
+from realm_jax.slot_copies import copy_up, copy_within
 from realm_jax.weights import Params
 
 

@@ -58,6 +58,11 @@ class Trainer:
     ) -> None:
         if not isinstance(model.placement, OneDevice):
             raise UnsupportedError("training runs on one device; load the model without a mesh")
+        if model.config.is_recurrent:
+            raise UnsupportedError(
+                f"{model.path.name} has recurrent layers, through which nothing is trained yet; take another "
+                "model"
+            )
         self.config, self._checkpoints, self._params = config, checkpoints, model.params
         if config.eval_split and len(examples) < 2:
             raise RequestError(f"eval_split is {config.eval_split}; there is one example, nothing to keep")
