@@ -1,4 +1,8 @@
-"""Throughput of the server beside the same requests in process: many streams, by turns, medians, in JSON."""
+"""Throughput of the server beside the same requests in process: many streams, by turns, medians, in JSON.
+
+--peer PYTHON: also beside `llama_cpp.server` of that Python's packages, with the same file, texts and limits,
+greedy and whole answers of both. It answers one request after another: the ratio is what batching brings.
+"""
 
 import argparse
 import asyncio
@@ -9,10 +13,12 @@ import time
 from typing import Any
 
 import httpx
+from peer_server import PeerServer
 from served_process import Served
 
-from realm_jax import LLM, SamplingParams
+from realm_jax import LLM, SamplingParams, hub
 
+CONTEXT = 1024
 WORDS = "river stone lamp winter bread music letter garden engine cloud silver".split()  # noqa: SIM905
 
 
@@ -48,12 +54,42 @@ async def served(address: str, texts: list[str], tokens: int) -> float:
         return sum(counts) / (time.perf_counter() - start)
 
 
+async def answered(address: str, texts: list[str], tokens: int) -> float:
+    """Tokens a second of whole answers, asked for together; one may end before the limit."""
+    async with httpx.AsyncClient(base_url=address, timeout=3600) as http:
+
+        async def ask(text: str) -> int:
+            body = {"prompt": text, "max_tokens": tokens, "temperature": 0}
+            answer = await http.post("/v1/completions", json=body)
+            return answer.raise_for_status().json()["usage"]["completion_tokens"]
+
+        start = time.perf_counter()
+        counts = await asyncio.gather(*map(ask, texts))
+        return sum(counts) / (time.perf_counter() - start)
+
+
 def in_process(llm: LLM, texts: list[str], tokens: int) -> float:
     """The same of `LLM.generate`."""
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0)
     start = time.perf_counter()
     outputs = llm.generate(texts, params)
     return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - start)
+
+
+def beside_peer(asked: argparse.Namespace, address: str, peer: PeerServer) -> dict[str, object]:
+    """Medians of both servers, and of the ratios pair by pair, after a first round that compiles."""
+    pairs = []
+    for round_ in range(asked.rounds + 1):
+        texts = prompts(asked.streams, asked.words, 1000 + round_)
+        ours, theirs = (asyncio.run(answered(each, texts, asked.tokens)) for each in (address, peer.address))
+        pairs.append((ours, theirs))
+    pairs = pairs[1:]
+    ratios = [ours / theirs for ours, theirs in pairs]
+    return {
+        "whole_answers": round(statistics.median(ours for ours, _ in pairs), 1),
+        "llama_cpp_server": round(statistics.median(theirs for _, theirs in pairs), 1),
+        "ratio_to_llama_cpp_server": round(statistics.median(ratios), 3),
+    }
 
 
 def main() -> None:
@@ -63,10 +99,12 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer", help="a Python that has llama-cpp-python[server]", metavar="PYTHON")
     asked = parser.parse_args()
-    llm = LLM(asked.model, ctx_size=1024, max_num_seqs=asked.streams)
+    llm = LLM(asked.model, ctx_size=CONTEXT, max_num_seqs=asked.streams)
     model = [] if asked.model is None else ["-m", asked.model]
-    server = Served("--ctx-size", 1024, "--max-num-seqs", asked.streams, *model)
+    peer = None if asked.peer is None else PeerServer(asked.peer, hub.resolve(asked.model), CONTEXT)
+    server = Served("--ctx-size", CONTEXT, "--max-num-seqs", asked.streams, *model)
     try:
         address = server.address()
         rows = []
@@ -74,8 +112,11 @@ def main() -> None:
             texts = [prompts(asked.streams, asked.words, 2 * round_ + i) for i in range(2)]
             ours = asyncio.run(served(address, texts[0], asked.tokens))
             rows.append((ours, in_process(llm, texts[1], asked.tokens)))
+        beside = {} if peer is None else beside_peer(asked, address, peer)
     finally:
         server.close()
+        if peer is not None:
+            peer.close()
     rows = rows[1:]  # the first compiles
     report = {
         "streams": asked.streams,
@@ -84,7 +125,7 @@ def main() -> None:
         "ratio": round(statistics.median(a / b for a, b in rows), 3),
         "ratios": [round(a / b, 3) for a, b in rows],
     }
-    print(json.dumps(report))
+    print(json.dumps(report | beside))
 
 
 if __name__ == "__main__":

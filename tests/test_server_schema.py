@@ -5,12 +5,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from running_server import PATIENCE, running
 from schemathesis import GenerationMode
+from tiny import TEMPLATE
 
 from realm_jax import LLM
 from realm_jax.serving.server.limits import Limits
@@ -26,6 +28,12 @@ def address(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     llm = LLM(tiny_model, max_num_seqs=4, ctx_size=64, max_num_batched_tokens=64, deterministic=True)
     with running(llm, limits=LIMITS, adapter_folder=tmp_path_factory.mktemp("adapters")) as server:
         yield server.address
+
+
+def test_the_tokenizer_is_described(address: str):
+    found = httpx.get(f"{address}/tokenizer_info").json()
+    assert (found["bos_token"], found["eos_token"], found["add_bos_token"]) == ("<s>", "</s>", True)
+    assert found["chat_template"] == TEMPLATE
 
 
 def test_no_body_is_a_fault_of_the_server(address: str):
