@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import gguf as gguf_py
 import numpy as np
@@ -28,7 +29,7 @@ GATE = "blk.0.ffn_gate.weight"
     [("llama-moe", {"dtype": "float32"}, 2e-5), ("llama-gqa-tied", {"kernels": "native"}, 0.03)],
 )
 def test_squares_are_those_of_a_numpy_model(
-    fixtures: Path, case: str, options: dict[str, str], tolerance: float
+    fixtures: Path, case: str, options: dict[str, Any], tolerance: float
 ):
     if options.get("kernels") == "native" and native.problem():
         pytest.skip(f"no native kernels: {native.problem()}")
