@@ -56,8 +56,8 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def layer(
-        self, index: int, block: Block, params: Any, x: Array, cache: Cache, where: Where
-    ) -> tuple[Array, Cache]:
+        self, index: int, block: Block, params: Any, x: Array, cache: LayerCache, where: Where
+    ) -> tuple[Array, LayerCache]:
         """What the layer of this index makes of x; research sees and changes what goes through it here."""
         return _apply_block(block, params, x, cache, where)
 

@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import gguf as gguf_py
 import numpy as np
@@ -23,10 +24,17 @@ TILE = 64
 GATE = "blk.0.ffn_gate.weight"
 
 
-@pytest.mark.parametrize("case", ["llama-gqa-tied", "llama-moe"])
-def test_squares_are_those_of_a_numpy_model(fixtures: Path, case: str):
+@pytest.mark.parametrize(
+    ("case", "options", "tolerance"),
+    [("llama-moe", {"dtype": "float32"}, 2e-5), ("llama-gqa-tied", {"kernels": "native"}, 0.03)],
+)
+def test_squares_are_those_of_a_numpy_model(
+    fixtures: Path, case: str, options: dict[str, Any], tolerance: float
+):
+    if options.get("kernels") == "native" and native.problem():
+        pytest.skip(f"no native kernels: {native.problem()}")
     path = fixtures / "arch" / case / "model.gguf"
-    model, llm = NumpyLlama(path), LLM(path, dtype="float32", ctx_size=2 * TILE)
+    model, llm = NumpyLlama(path), LLM(path, ctx_size=2 * TILE, **options)
     golden = np.load(path.with_name("expected.npz"))
     assert np.abs(model.logits(golden["tokens"].tolist()) - golden["logits"]).max() < 1e-4  # the oracle's
     model.inputs.clear()
@@ -40,25 +48,14 @@ def test_squares_are_those_of_a_numpy_model(fixtures: Path, case: str):
     for (name, expert), rows in model.inputs.items():
         seen = np.concatenate(rows)
         assert squares[name].counts[expert] == len(seen)
-        np.testing.assert_allclose(squares[name].sums[expert], (seen**2).sum(axis=0), rtol=2e-5)
+        wanted = (seen**2).sum(axis=0)
+        assert np.abs(squares[name].sums[expert] - wanted).max() <= tolerance * wanted.max()
     used = {name: 2 if "_exps" in name else 1 for name in squares}
     assert all(each.counts.sum() == used[name] * 4 * TILE for name, each in squares.items())
 
 
-def test_the_kernels_of_a_cpu_see_nearly_the_same(fixtures: Path):
-    if native.problem():
-        pytest.skip(f"no native kernels: {native.problem()}")
-    path, windows = fixtures / "arch" / "llama-moe" / "model.gguf", [list(range(100, 100 + TILE))]
-    found = []
-    for llm in (LLM(path, ctx_size=TILE, dtype="float32"), LLM(path, ctx_size=TILE, kernels="native")):
-        found.append(observe(llm.transformer, llm.model.params, llm.model.numerics, windows))
-    for name, wanted in found[0].items():
-        total = wanted.sums.sum()
-        assert abs(found[1][name].sums.sum() - total) < 0.05 * total
-
-
 def test_windows_are_whole_tiles(fixtures: Path):
-    llm = LLM(fixtures / "arch" / "llama-mha" / "model.gguf", dtype="float32", ctx_size=TILE)
+    llm = LLM(fixtures / "arch" / "llama-gqa-tied" / "model.gguf", dtype="float32", ctx_size=TILE)
     with pytest.raises(RequestError, match="a window is 70 tokens; it has to be a multiple of 64"):
         observe(llm.transformer, llm.model.params, llm.model.numerics, [[5] * 70])
 

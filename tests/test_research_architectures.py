@@ -14,7 +14,7 @@ from realm_jax.config import EngineConfig
 from realm_jax.loading import load_model
 from realm_jax.research import Forward
 
-CASES = ("llama-bias", "llama-moe", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+CASES = ("llama-bias", "llama-moe", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "deepseek2", "qwen2moe")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from realm_jax import weights
-from realm_jax.architectures import parameters, read_config
+from realm_jax.architectures import read_config
 from realm_jax.errors import ModelFileError, RequestError, UnsupportedError
 from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
@@ -46,7 +46,7 @@ class Checkpoint:
         """
         if target.exists() or target.is_symlink():
             raise RequestError(f"{target} is there already; give another folder, or remove it")
-        weights.check_tensors(self.file, parameters(read_config(self.file)))
+        weights.check_tensors(self.file, read_config(self.file))
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         try:
             partial.mkdir(parents=True)

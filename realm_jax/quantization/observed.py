@@ -121,13 +121,13 @@ def observed(params: Params, config: ModelConfig, observer: Observer) -> Params:
     found: Params = jax.tree.map(lambda node: node, params, is_leaf=lambda node: not isinstance(node, dict))
     names: dict[tuple[str, ...], list[str]] = {}
     for parameter in parameters(config):
-        if not parameter.is_vector and parameter.path not in (("embedding",), ("head",)):
+        if not parameter.is_vector and parameter.path[0].startswith("layer_"):
             here = names.setdefault(_without_expert(parameter.path), [])
             here += [f"{part.name}.weight" for part in parameter.parts if not part.expert]
     for path, here in names.items():
         *parents, leaf = path
         inner = functools.reduce(lambda tree, key: tree[key], parents, found)
-        if parents[-1] == "experts":
+        if parents[-1] == "experts" or len(inner[leaf].shape) != 2:  # a matrix a head is not observed
             continue
         inner[leaf] = Observed(inner[leaf], observer.place(here, 1, inner[leaf].shape[0]), observer)
     for path in {path[:-1] for path in names if path[-2] == "experts"}:

@@ -74,7 +74,7 @@ def forward(
     is a plain formula in float32, and nothing is rounded for a cache.
     Raises RequestError for a name that matches nothing, or an edit that gives another shape or type.
     """
-    require_one_device(model)
+    require_observable(model)
     probe, c = Probe.of(capture, edit or {}), model.config
     B, T = tokens.shape
     tokens = jnp.asarray(tokens)
@@ -132,10 +132,14 @@ def names(model: Transformer, params: Params, tokens: int = 1) -> dict[str, tupl
     return {name: tuple(found[name].shape) for name in order}
 
 
-def require_one_device(model: Transformer) -> None:
-    """Raises UnsupportedError for a model that a mesh divides."""
+def require_observable(model: Transformer) -> None:
+    """Raises UnsupportedError for a model that a mesh divides, or one with recurrent layers."""
     if isinstance(model, ShardedTransformer):
         raise UnsupportedError("activations are seen on one device; load the model without a mesh")
+    if model.config.is_recurrent:
+        raise UnsupportedError(
+            f"activations of {model.config.architecture}, which has recurrent layers, cannot be seen"
+        )
 
 
 def _check_rows(llm: LLM, rows: list[list[int]]) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from realm_jax.llm import LLM
 from realm_jax.model import Transformer, next_token_logits
-from realm_jax.research.activations import Forward, require_one_device
+from realm_jax.research.activations import Forward, require_observable
 from realm_jax.weights import Params
 
 
@@ -22,7 +22,7 @@ def unembed(model: Transformer, params: Params, residual: Float[Array, "*lead D"
 
     A pure function, linear but for the norm and gemma2's soft cap.
     """
-    require_one_device(model)
+    require_observable(model)
     hidden: Any = model.apply({"params": params}, residual, method="normalized")
     return next_token_logits(model, params, hidden)
 

@@ -10,8 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
-from realm_jax.cache import Cache, Rotation, Slots, Stepwise
-from realm_jax.errors import UnsupportedError
+from realm_jax.cache import LayerCache, Slots, Stepwise
 from realm_jax.layers import Block, Where
 from realm_jax.model import Caches, Transformer
 from realm_jax.sequence_cache import SequenceCache
@@ -36,8 +35,8 @@ class Observed(Transformer):
 
     @nn.nowrap
     def layer(
-        self, index: int, block: Block, params: Any, x: Array, cache: Cache, where: Where
-    ) -> tuple[Array, Cache]:
+        self, index: int, block: Block, params: Any, x: Array, cache: LayerCache, where: Where
+    ) -> tuple[Array, LayerCache]:
         """As `Transformer.layer`, traced for this layer alone: the observer is in no cache of programs."""
 
         def see(name: str, value: Array) -> Array:
@@ -48,7 +47,7 @@ class Observed(Transformer):
         x = see("resid_pre", x)
         watched = _Layer(see, x)
         with nn.intercept_methods(watched.intercept):
-            kept = watch(cache, see, self.config.num_heads + 2 * self.config.num_kv_heads)
+            kept = watch(cache, see)
             out: Any = block.apply({"params": params}, x, kept, where)
         return see("resid_post", watched.moved(out[0])), out[1].inner
 
@@ -58,9 +57,10 @@ class Observed(Transformer):
         positions: Int[Array, "B T"],
         caches: Caches,
         slots: Int[Array, "B"] | None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches]:
         """As `Transformer.__call__`."""
-        hidden, caches = super().__call__(tokens, positions, caches, slots)
+        hidden, caches = super().__call__(tokens, positions, caches, slots, lengths)
         return self.observer.see("norm", hidden, positions), caches
 
 
@@ -130,15 +130,6 @@ class ObservedCache(Stepwise):
 
     inner: Any
     see: See
-    heads: int  # queries, keys and values of a call
-
-    def extend(
-        self, heads: Array, turn: Rotation, slots: Slots, positions: Array, **how: Any
-    ) -> tuple[Array, Any]:
-        """As `Cache.extend`. Raises UnsupportedError where heads have no keys and values of their own."""
-        if heads.shape[2] != self.heads:
-            raise UnsupportedError("activations of latent attention cannot be seen; choose another model")
-        return super().extend(heads, turn, slots, positions, **how)
 
     @property
     def k(self) -> Array:
@@ -166,6 +157,6 @@ class ObservedSequence(ObservedCache):
         return self.inner.mix(self.see("attention.weights", self.inner.weights(q, **how)))
 
 
-def watch(cache: Cache, see: See, heads: int) -> ObservedCache:
-    """The cache as `see` gets to know it. heads: queries, keys and values of a call."""
-    return (ObservedSequence if isinstance(cache, SequenceCache) else ObservedCache)(cache, see, heads)
+def watch(cache: Any, see: See) -> ObservedCache:
+    """The cache as `see` gets to know it."""
+    return (ObservedSequence if isinstance(cache, SequenceCache) else ObservedCache)(cache, see)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from realm_jax.errors import UnsupportedError
 from realm_jax.llm import LLM
 from realm_jax.processors import EachRow, LogitsProcessor, Own, Written
-from realm_jax.research.activations import forward, names, require_one_device
+from realm_jax.research.activations import forward, names, require_observable
 from realm_jax.research.observed import observed
 from realm_jax.research.probe import Probe
 
@@ -45,7 +45,7 @@ def variant(
     Raises RequestError for a name that matches nothing or another shape or type, UnsupportedError for
     the weights of attention and on a mesh.
     """
-    require_one_device(llm.transformer)
+    require_observable(llm.transformer)
     model, edits = llm.transformer, dict(edit or {})
     if edits:
         _check_edits(llm, edits)
