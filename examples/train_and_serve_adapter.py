@@ -19,6 +19,8 @@ from pathlib import Path
 
 from realm_jax import LLM
 from realm_jax.research.plots import figure
+from realm_jax.serving.server.naming import ModelNames
+from realm_jax.serving.server.pooled_model import InMemory, PooledModel
 from realm_jax.serving.server.process import RealmServer, Settings
 from realm_jax.training import Progress, Reader, Trainer, TrainingConfig, write_adapter
 
@@ -83,7 +85,8 @@ def train(llm: LLM, steps: int, folder: Path) -> list[float]:
 def served(llm: LLM) -> Iterator[str]:
     """The address of a server of the model and its adapters; it has drained when the block ends."""
     ready = threading.Event()
-    server = RealmServer(Settings(("base",), port=0), lambda: llm, lambda _: ready.set())
+    model = PooledModel(ModelNames(("base",)), InMemory(llm), preload=True)
+    server = RealmServer(Settings(port=0), [model], lambda _: ready.set())
     thread = threading.Thread(target=server.run_to_end)
     thread.start()
     try:

@@ -24,6 +24,7 @@ from unittest import mock
 import typer
 from command_line import ROOT, realm
 from docs_blocks import Block, Command
+from hf_folders import golden
 from peft_files import base_of, pair, write_adapter
 from running_server import running
 from tiny import write_model
@@ -38,6 +39,8 @@ QUESTIONS = [{"id": str(i), "prompt": f"Name {i}", "max_tokens": 4} for i in ran
 FILES: dict[str, object] = {
     "question.txt": "Name a river.",
     "book.txt": "the quick brown fox jumps over the lazy dog " * 80,
+    "calibration.txt": "the lazy dog sleeps while the quick brown fox jumps " * 40,
+    "serve.toml": '[[models]]\nname = "big"\nmodel = "big.gguf"\n',
     "questions.jsonl": QUESTIONS,
     "in.jsonl": [*QUESTIONS, {"id": "p", "prompt": "Name", "max_tokens": 4, "lora": "poet"}],
     "examples.jsonl": [EXAMPLE] * 24,
@@ -97,6 +100,9 @@ class Sandbox:
         write_model(folder / "draft.gguf", layers=1, context=4096, seed=1)
         for name in ("adapter", "clerk"):
             write_adapter(folder / name, pair("model.layers.0.mlp.up_proj", 96, 64))
+        for name in ("small", "big", "model-bf16"):
+            (folder / f"{name}.gguf").symlink_to(model)
+        golden("qwen2", folder).rename(folder / "Qwen2.5-0.5B-Instruct")
         base = base_of(model)
         given = pair("up", 96, 64, seed=1)
         change = LowRank(given["up.lora_A.weight"], given["up.lora_B.weight"], 0.1)
@@ -196,7 +202,7 @@ class Page:
                 raise Failed(f"{block.page}:{at}: {type(error).__name__}: {error}") from error
 
     def _command(self, block: Block, command: Command) -> None:
-        where, words = f"{block.page}:{command.line}", shlex.split(command.text, comments=True)
+        where, words = f"{block.page}:{command.line}", _words(command.text)
         if words[:2] == ["pip", "install"]:
             check_extras(where, command.text)
         elif words[0].startswith(("scripts/", ".venv/")):
@@ -256,6 +262,11 @@ def _ends_when_ready() -> Iterator[list[bool]]:
         yield was_ready
 
 
+def _words(text: str) -> list[str]:
+    """The words of a command, whose lines may go on."""
+    return shlex.split(text.replace("\\\n", " "), comments=True)
+
+
 def _unquoted(text: str) -> str:
     """A command without what is quoted and without its comment."""
     return re.sub(r"(^|\s)#.*", "", re.sub(r"'[^']*'|\"[^\"$`]*\"|\\\n", "", text))
@@ -271,7 +282,7 @@ def check_extras(where: str, text: str) -> None:
 
 def check_words(block: Block, command: Command) -> None:
     """What is not run is there at least: the command line parses, the script exists. Raises Failed."""
-    where, words = f"{block.page}:{command.line}", shlex.split(command.text, comments=True)
+    where, words = f"{block.page}:{command.line}", _words(command.text)
     if words[0] == "realm":
         try:
             _parse(words[1:])

@@ -12,27 +12,10 @@ import httpx
 
 from realm_jax import LLM, SamplingParams
 from realm_jax.serving.server.naming import ModelNames
-from realm_jax.serving.server.pooled_model import PooledModel
+from realm_jax.serving.server.pooled_model import InMemory, PooledModel
 from realm_jax.serving.server.process import RealmServer, Settings
 
 PATIENCE = 120.0  # seconds: other processes may have the machine
-
-
-class Loaded:
-    """A model that is in memory already: the server's loading of it takes no time."""
-
-    is_local = True
-
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
-
-    def needed_bytes(self, adapters: object, memory_limit: int) -> int:
-        """Nothing more."""
-        return 0
-
-    def load(self, adapters: object, memory_limit: int | None) -> LLM:
-        """The model."""
-        return self._llm
 
 
 @contextmanager
@@ -40,7 +23,7 @@ def running(
     llm: LLM, *, names: tuple[str, ...] = ("tiny", "alias"), **settings: Any
 ) -> Iterator[RealmServer]:
     """A server of the model, ready; it has drained when the block ends, unless it did before."""
-    with running_models([PooledModel(ModelNames(names), Loaded(llm), preload=True)], **settings) as server:
+    with running_models([PooledModel(ModelNames(names), InMemory(llm), preload=True)], **settings) as server:
         yield server
 
 

@@ -60,7 +60,7 @@ def test_help_has_an_example_and_fits_80_columns(command: str):
     assert done.code == 0 and done.err == ""
     assert f"Usage: realm {command}" in done.out
     assert max(map(len, done.out.splitlines())) <= 80
-    if command not in ("models", "lora", "serve", "serve keys"):
+    if command not in ("models", "lora", "convert", "serve", "serve keys"):
         assert f"Example: realm {command}" in done.out
         assert "--verbose" in done.out and "--config" in done.out
 

@@ -190,7 +190,16 @@ def test_python_gets_the_same(llm: LLM, tasks: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("no_other_tasks")
-def test_errors_are_one_line(model: Path, tasks: Path, typed: str, words: Sequence[str], code: int) -> None:
+def test_errors_are_one_line(
+    model: Path,
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: str,
+    words: Sequence[str],
+    code: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a task without files looks for them in all of the working directory
     folder = () if "NOWHERE" in typed else ("--include-path", tasks)
     done = realm("eval", *typed.split(), "-m", model, *folder)
     for word in words:

@@ -202,9 +202,8 @@ def test_what_a_state_does_not_allow_is_refused_in_one_line(
         Division(model.config, 2)
     with caplog.at_level("INFO"):
         assert not fitting(EngineConfig(), model.config).prefix_caching
-    assert caplog.messages == [
-        "prefixes are not reused: recurrent layers have one state for a whole sequence"
-    ]
+    said = [message for message in caplog.messages if not message.startswith("kernels:")]
+    assert said == ["prefixes are not reused: recurrent layers have one state for a whole sequence"]
     with pytest.raises(UnsupportedError, match="nothing is trained"):
         Trainer(model, [], TrainingConfig())
 

@@ -120,6 +120,7 @@ def test_the_defaults_are_those_of_the_contract():
         "stop": (),
         "stop_token_ids": (),
         "ignore_eos": False,
+        "skip_special_tokens": True,
         "logprobs": None,
         "n": 1,
         "structured_output": None,

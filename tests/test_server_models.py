@@ -17,7 +17,6 @@ import psutil
 import pytest
 from running_server import (
     PATIENCE,
-    Loaded,
     metric,
     post,
     raw_post,
@@ -37,7 +36,7 @@ from realm_jax.serving.keys import KeyStore
 from realm_jax.serving.model_entries import ModelEntry
 from realm_jax.serving.server.model_loader import ModelLoader
 from realm_jax.serving.server.naming import ModelNames
-from realm_jax.serving.server.pooled_model import PooledModel
+from realm_jax.serving.server.pooled_model import InMemory, PooledModel
 from realm_jax.serving.server.process import RealmServer, Settings
 from realm_jax.serving.server.tenancy import Tenancy
 from realm_jax.serving.tenants import EVERY, Tenant
@@ -271,7 +270,9 @@ def test_tenants_see_the_models_that_they_may_use(given: SimpleNamespace, tmp_pa
         Tenant("one", models=("b",), adapters=(EVERY,)),
         Tenant("poets", adapters=("poet",), default_adapter="poet"),
     )
-    models = [PooledModel(ModelNames((name,)), Loaded(given.llms[name]), preload=True) for name in ("a", "b")]
+    models = [
+        PooledModel(ModelNames((name,)), InMemory(given.llms[name]), preload=True) for name in ("a", "b")
+    ]
     with KeyStore(tmp_path / "keys.sqlite") as store:
         keys = {tenant.name: store.create(tenant.name).text for tenant in tenants}
         with running_models(models, tenancy=Tenancy(store, {t.name: t for t in tenants})) as server:

@@ -32,6 +32,22 @@ class Loader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class InMemory:
+    """Loads a model that is in memory already, as `Loader` says: it needs nothing more."""
+
+    llm: LLM
+    is_local = True
+
+    def needed_bytes(self, adapters: Mapping[str, Path], memory_limit: int) -> int:
+        """Nothing."""
+        return 0
+
+    def load(self, adapters: Mapping[str, Path], memory_limit: int | None) -> LLM:
+        """The model."""
+        return self.llm
+
+
 @dataclass(eq=False)
 class PooledModel:
     """A model and what the pool knows of it; on the event loop alone.
