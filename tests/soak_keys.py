@@ -1,6 +1,7 @@
 """The keys of a soaked server: good ones, ones that are refused, and whether any can be read by others."""
 
 import json
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class KeyFolder:
         other = made["one"].text.rpartition("-")[0] + "-" + made["two"].text.rpartition("-")[2]
         self._bad = {
             "no key": None,
-            "no key's form": "realm-nobody-nothing",
+            "no key's form": f"realm-nobody-{secrets.token_hex(16)}",
             "unknown id": f"realm-{0:012x}-{1:064x}",
             "another's secret": other,
         }
@@ -63,8 +64,8 @@ class KeyFolder:
         for process in psutil.process_iter(["pid", "cmdline"]):
             places[f"the arguments of process {process.pid}"] = " ".join(process.info["cmdline"] or ())
         texts = [*self._texts.values(), self._leaver.text, *filter(None, self._bad.values())]
-        secrets = [text.rpartition("-")[2] for text in texts]
-        return [place for place, text in places.items() if any(secret in text for secret in secrets)]
+        hidden = [text.rpartition("-")[2] for text in texts]
+        return [place for place, text in places.items() if any(each in text for each in hidden)]
 
     def close(self) -> None:
         """The file is let go."""
