@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from realm_jax.config import BLOCK, Kernels, ModelConfig, Numerics
+from realm_jax.config import BLOCK, Kernels, LayerKind, ModelConfig, Numerics
 from realm_jax.kernels import attention
 from realm_jax.kernels.native import calls
 from realm_jax.kernels.tiles import LANES
@@ -82,22 +82,31 @@ class Cache(Protocol):
         ...
 
 
-LayerCache = Cache | RecurrentCache
+@struct.dataclass
+class NoCache:
+    """What a layer keeps that reads an earlier one's keys and values."""
+
+
+LayerCache = Cache | RecurrentCache | NoCache
 
 
 def empty_caches(model: ModelConfig, slots: int, capacity: int, numerics: Numerics) -> tuple[LayerCache, ...]:
     """Caches of so many empty slots, one for each layer of a model."""
-    shape = slots, model.num_kv_heads, capacity, model.head_dim
+    return tuple(_of_layer(model, kind, slots, capacity, numerics) for kind in model.layers)
+
+
+def _of_layer(
+    model: ModelConfig, kind: LayerKind, slots: int, capacity: int, numerics: Numerics
+) -> LayerCache:
+    if kind.keys_of is not None:
+        return NoCache()
+    if kind.delta_net is not None:
+        return RecurrentCache.empty(slots, capacity, kind.delta_net)
+    sizes = model.of(kind)
+    shape = slots, sizes.num_kv_heads, capacity, sizes.head_dim
     if _is_latent(model, numerics.kv_dtype):
-        return tuple(
-            LatentCache(jnp.zeros(shape, _storage(numerics)), kernels=numerics.kernels) for _ in model.layers
-        )
-    return tuple(
-        empty_cache(shape, numerics, sinks=model.sinks)
-        if kind.delta_net is None
-        else RecurrentCache.empty(slots, capacity, kind.delta_net)
-        for kind in model.layers
-    )
+        return LatentCache(jnp.zeros(shape, _storage(numerics)), kernels=numerics.kernels)
+    return empty_cache(shape, numerics, sinks=model.sinks)
 
 
 def _is_latent(model: ModelConfig, kv_dtype: str) -> bool:
@@ -130,11 +139,12 @@ def _storage(numerics: Numerics) -> type:
 
 
 def cached_bytes(model: ModelConfig, kv_dtype: str) -> int:
-    """Bytes that the caches of all layers with attention keep of one token."""
-    layers = sum(kind.delta_net is None for kind in model.layers)
-    head = {"int8": model.head_dim + 4, "bfloat16": 2 * model.head_dim, "float32": 4 * model.head_dim}
+    """Bytes that the caches of all layers with keys and values keep of one token."""
     arrays = 1 if _is_latent(model, kv_dtype) else 2
-    return arrays * layers * model.num_kv_heads * head[kv_dtype]
+    width, scale = {"int8": (1, 4), "bfloat16": (2, 0), "float32": (4, 0)}[kv_dtype]
+    keeping = [kind for kind in model.layers if kind.delta_net is None and kind.keys_of is None]
+    sizes = map(model.of, keeping)
+    return arrays * sum(each.num_kv_heads * (width * each.head_dim + scale) for each in sizes)
 
 
 class Stepwise:

@@ -71,9 +71,9 @@ class EachExpert:
 
             def run(m: Array = mine, gate_up: Kernel = gate_up, down: Kernel = down) -> Array:
                 # not m * ...: where the expert overflows, 0 * inf would reach rows that did not choose it
-                return jnp.where(m > 0, m * (between(x @ gate_up) @ down), 0.0)
+                return jnp.where(m != 0, m * (between(x @ gate_up) @ down), 0.0)
 
-            out = out + jax.lax.cond(jnp.any(mine > 0), run, lambda: jnp.zeros_like(x))
+            out = out + jax.lax.cond(jnp.any(mine != 0), run, lambda: jnp.zeros_like(x))
         return out
 
 

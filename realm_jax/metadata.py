@@ -57,6 +57,20 @@ class Metadata:
             )
         return value
 
+    def counts(self, key: str, layers: int, most: int) -> list[int]:
+        """A whole number from 1 to `most` for each layer: an array of them, or one for all."""
+        name, value = self._value(key, None)
+        if not isinstance(value, np.ndarray):
+            return [self.count(key, most)] * layers
+        if value.shape != (layers,) or value.dtype.kind not in "iu":
+            raise ModelFileError(
+                f"{self.source}: {name} is {_shown(value)}; it must have a whole number for each of "
+                f"{layers:,} layers"
+            )
+        if not ((value >= 1) & (value <= most)).all():
+            raise ModelFileError(f"{self.source}: {name} must have numbers from 1 to {most:,}")
+        return value.tolist()
+
     def real(self, key: str, *, default: float | None = None, above: float) -> float:
         """A finite number greater than `above`."""
         name, value = self._value(key, default)

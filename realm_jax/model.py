@@ -1,6 +1,7 @@
 """The Transformer: tokens and caches in, hidden states and caches out."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from realm_jax.cache import LayerCache, empty_caches
 from realm_jax.config import ModelConfig, Numerics
-from realm_jax.layers import Block, Norm, Where
+from realm_jax.layers import Block, LayerInputs, Norm, Where
 
 Caches = tuple[LayerCache, ...]  # one a layer: a single stacked array would be copied whole at each step
 
@@ -47,12 +48,22 @@ class Transformer(nn.Module):
         ropes = self.get_variable("params", "rope")
         turns = {name: rope.at(positions) for name, rope in ropes.items()}
         where = Where(slots, positions, turns, lengths)
+        inputs = self._layer_inputs(x, tokens)
         written = []
         for i, (kind, cache) in enumerate(zip(c.layers, caches, strict=True)):
-            block = self.block(c, kind, parent=None)
-            x, new = self.layer(i, block, self.get_variable("params", f"layer_{i}"), x, cache, where)
-            written.append(new)
+            block, here = self.block(c, kind, parent=None), replace(where, inputs=inputs[i])
+            seen = cache if kind.keys_of is None else written[kind.keys_of]
+            x, new = self.layer(i, block, self.get_variable("params", f"layer_{i}"), x, seen, here)
+            written.append(new if kind.keys_of is None else cache)
         return self.normalized(x), tuple(written)
+
+    def _layer_inputs(self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Any:
+        """What each layer is told beside the residual: [B, T, P], or None."""
+        c = self.config
+        if not c.layer_input_size:
+            return [None] * c.num_layers
+        params = self.get_variable("params", "layer_inputs")
+        return LayerInputs(c, parent=None).apply({"params": params}, x, tokens)
 
     @nn.nowrap
     def layer(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from realm_jax.cache import Slots, Stepwise
+from realm_jax.cache import LayerCache, NoCache, Slots, Stepwise
+from realm_jax.config import ModelConfig
 from realm_jax.kernels.reference import product
 
 HIDDEN = -1e30
@@ -72,6 +73,14 @@ class SequenceCache(Stepwise):
         K, H = self.v.shape[1], self.v.shape[3]
         mixed = product("bkgts,bksh->btkgh", weights.reshape(B, K, N // K, T, T), self.v)
         return mixed.reshape(B, T, N, H)
+
+
+def empty_caches(model: ModelConfig) -> tuple[LayerCache, ...]:
+    """Caches that nothing was written to, one for each layer of a model with attention alone."""
+    return tuple(
+        SequenceCache.empty(model.of(kind).num_kv_heads) if kind.keys_of is None else NoCache()
+        for kind in model.layers
+    )
 
 
 def _visible(T: int, window: int | None) -> Bool[Array, "T T"]:

@@ -15,6 +15,7 @@ USES_GELU = ("gemma", "gemma2", "gemma3", "gpt2", "starcoder2", "falcon")
 CONTEXTS = {"gpt2": 128}  # that of its positions
 WITHOUT_A_CASE = {"granitemoe"}  # granite and llama-moe in one
 WITHOUT_A_CASE |= {"qwen3next", "qwen35", "qwen35moe"}  # test_hybrid.py
+WITHOUT_A_CASE |= {"gemma4"}  # test_gemma4.py
 STORIES = ("F16", "IQ4_NL", "Q4_0", "Q4_K_M", "Q8_0")
 SMOLLM2 = "smollm2/expected-Q4_1-dequant-f32"
 

@@ -11,7 +11,7 @@ from realm_jax import LLM
 from realm_jax.config import MoEConfig
 from realm_jax.layers.moe import route
 
-USES_GELU = ("falcon-40b",)
+USES_GELU = ("falcon-40b", "gemma4", "gemma4-experts")
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -57,8 +57,79 @@ def _experts(tensors: Tensors, rng: np.random.Generator) -> None:
             tensors[f"blk.{layer}.ffn_{name}.weight"] = matrix.astype(np.float32)
 
 
+def _gemma4(tensors: Tensors, rng: np.random.Generator) -> None:
+    """As the smallest published models: inputs of each layer, two wide layers without keys."""
+    _gemma4_layers(tensors, rng, kv_heads=(1, 1, 1, 1), features=(96, 96, 160, 160), own_keys=2)
+    shapes = {"per_layer_token_embd": (tensors["token_embd.weight"].shape[0], 4 * 8)}
+    shapes |= {"per_layer_model_proj": (4 * 8, 64), "per_layer_proj_norm": (8,)}
+    for i in range(4):
+        shapes |= {f"blk.{i}.inp_gate": (8, 64), f"blk.{i}.proj": (64, 8), f"blk.{i}.post_norm": (64,)}
+    _put(tensors, rng, shapes)
+
+
+def _gemma4_experts(tensors: Tensors, rng: np.random.Generator) -> None:
+    """As the published one with experts: layers without a window have fewer keys, and no values."""
+    _gemma4_layers(tensors, rng, kv_heads=(2, 1, 2, 1), features=(96,) * 4, own_keys=4)
+    for i in range(4):
+        at = f"blk.{i}."
+        shapes = {"gate_inp": (4, 64), "gate_up_exps": (4, 2 * 48, 64), "down_exps": (4, 64, 48)}
+        norms = dict.fromkeys(("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"), (64,))
+        _put(tensors, rng, {f"{at}ffn_{name}": shape for name, shape in shapes.items()})
+        _put(tensors, rng, {at + name: shape for name, shape in norms.items()})
+        for name, size in (("ffn_gate_inp", 64), ("ffn_down_exps", 4)):
+            tensors[f"{at}{name}.scale"] = rng.normal(1, 0.3, size).astype(np.float32)
+        if i % 2:
+            del tensors[f"{at}attn_v.weight"]
+
+
+def _gemma4_layers(
+    tensors: Tensors,
+    rng: np.random.Generator,
+    kv_heads: tuple[int, ...],
+    features: tuple[int, ...],
+    own_keys: int,
+) -> None:
+    """Layers with heads of 16 in windows of 8, and of 32 without, by turns."""
+    for name in [name for name in tensors if name.startswith("blk.")]:
+        del tensors[name]
+    tensors["rope_freqs.weight"] = np.array([1.0] * 4 + [1e30] * 12, np.float32)
+    for i, (K, F) in enumerate(zip(kv_heads, features, strict=True)):
+        H, at = 32 if i % 2 else 16, f"blk.{i}."
+        shapes = {"attn_q": (4 * H, 64), "attn_output": (64, 4 * H), "attn_q_norm": (H,)}
+        if i < own_keys:
+            shapes |= {"attn_k": (K * H, 64), "attn_v": (K * H, 64), "attn_k_norm": (H,)}
+        shapes |= {"ffn_gate": (F, 64), "ffn_up": (F, 64), "ffn_down": (64, F), "layer_output_scale": (1,)}
+        norms = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
+        _put(
+            tensors, rng, {at + name: shape for name, shape in (shapes | dict.fromkeys(norms, (64,))).items()}
+        )
+
+
+def _put(tensors: Tensors, rng: np.random.Generator, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Random weights that keep the size of what goes through them."""
+    for name, shape in shapes.items():
+        mean, spread = (1.0, 0.2) if len(shape) == 1 else (0.0, shape[-1] ** -0.5)
+        tensors[f"{name}.weight"] = rng.normal(mean, spread, shape).astype(np.float32)
+
+
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
 EXPERTS = {"expert_count": 4, "expert_used_count": 2, "expert_shared_feed_forward_length": 40}
+GEMMA4 = {
+    "block_count": 4,
+    "embedding_length": 64,
+    "attention.head_count": 4,
+    "attention.key_length": 32,
+    "attention.value_length": 32,
+    "attention.key_length_swa": 16,
+    "attention.value_length_swa": 16,
+    "attention.sliding_window": 8,
+    "attention.sliding_window_pattern": [True, False, True, False],
+    "rope.dimension_count": 32,
+    "rope.dimension_count_swa": 16,
+    "rope.freq_base": 1000000.0,
+    "rope.freq_base_swa": 10000.0,
+    "final_logit_softcapping": 30.0,
+}
 VARIANTS = {
     "deepseek3": Variant(
         "deepseek2",
@@ -78,6 +149,33 @@ VARIANTS = {
     "falcon-40b": Variant("falcon", change=_second_norm),
     "olmo3": Variant("olmo2", YARN | {"attention.sliding_window": 8}),
     "gpt-oss-yarn": Variant("gpt-oss", YARN),
+    "gemma4": Variant(
+        "gemma3",
+        GEMMA4
+        | {
+            "attention.head_count_kv": 1,
+            "attention.shared_kv_layers": 2,
+            "feed_forward_length": [96, 96, 160, 160],
+            "embedding_length_per_layer_input": 8,
+        },
+        _gemma4,
+        "gemma4",
+    ),
+    "gemma4-experts": Variant(
+        "gemma3",
+        GEMMA4
+        | {
+            "attention.head_count_kv": [2, 1, 2, 1],
+            "attention.shared_kv_layers": 0,
+            "feed_forward_length": 96,
+            "embedding_length_per_layer_input": 0,
+            "expert_count": 4,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 48,
+        },
+        _gemma4_experts,
+        "gemma4",
+    ),
 }
 
 

@@ -13,6 +13,7 @@ class MoEFacts:
     renormalize: the weights of the chosen ones are made to add up to 1; a key may say else.
     is_deepseeks: keys for groups of experts and for a factor on their weights are read.
     gated_shared: what the shared expert adds is weighted, token by token.
+    is_beside: every layer has a plain feed-forward layer as well, and norms for each of the two.
     own_size: the experts have a size of their own, in `expert_feed_forward_length`.
     always: every file has experts.
     """
@@ -20,6 +21,7 @@ class MoEFacts:
     renormalize: bool = True
     is_deepseeks: bool = False
     gated_shared: bool = False
+    is_beside: bool = False
     own_size: bool = True
     always: bool = True
 
@@ -40,7 +42,10 @@ class Architecture:
     window: where no key says; 0 = no window.
     local_rope: windowed layers turn by a rope of their own, unscaled; a number: with this base.
     yarn_multiplier: what `rope.scaling.yarn_log_multiplier` is multiplied by; None = it is not read.
+    attention_scale: in place of head_dim**-0.5.
     scale_by_width: (num_layers, ...) whose attention scale is (hidden / heads)**-0.5, as in 27B Gemmas.
+    unit_values: values are brought to root mean square 1.
+    varied: layers differ in size, share keys and values, or have inputs of their own, as keys say.
     value_heads: of gated delta nets, whose value heads are tiled over the key heads or grouped by them.
     logit_scale: whether logits are multiplied or divided by the key of this name.
     """
@@ -69,11 +74,14 @@ class Architecture:
     yarn_betas: bool = False
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    attention_scale: float | None = None
     scale_by_width: tuple[int, ...] = ()
     has_scales: bool = False
     has_temperature: bool = False
     logit_scale: Literal["none", "multiplies", "divides"] = "none"
     sinks: bool = False
+    unit_values: bool = False
+    varied: bool = False
     value_heads: Literal["tiled", "grouped"] | None = None
     latent: bool = False  # keys and values are made of one small vector a token
     experts: MoEFacts | None = None

@@ -22,17 +22,21 @@ class Heads:
     latent: LatentConfig | None = None
 
 
-def read_heads(arch: Architecture, meta: Metadata, hidden: int) -> Heads:
-    """The heads of a file's model."""
+def read_heads(arch: Architecture, meta: Metadata, hidden: int, layers: int) -> Heads:
+    """The heads of a file's model; where layers differ, the largest."""
     heads = meta.count("attention.head_count", MAX_HEADS)
-    return _latent(meta, heads) if arch.latent else _plain(meta, hidden, heads)
+    if arch.latent:
+        return _latent(meta, heads)
+    key = "attention.head_count_kv"
+    if arch.varied:
+        return _plain(meta, hidden, heads, max(meta.counts(key, layers, MAX_HEADS)))
+    return _plain(meta, hidden, heads, meta.count(key, MAX_HEADS, default=heads))
 
 
-def _plain(meta: Metadata, hidden: int, heads: int) -> Heads:
+def _plain(meta: Metadata, hidden: int, heads: int, kv_heads: int) -> Heads:
     key_length = meta.count("attention.key_length", MAX_HEAD_DIM, default=_even_share(hidden, heads, meta))
     if meta.count("attention.value_length", MAX_HEAD_DIM, default=key_length) != key_length:
         raise UnsupportedError(f"{meta.source}: attention.value_length differs from key_length {key_length}")
-    kv_heads = meta.count("attention.head_count_kv", MAX_HEADS, default=heads)
     if heads % kv_heads:
         raise ModelFileError(
             f"{meta.source}: {meta.architecture}.attention.head_count is {heads}, no multiple of "

@@ -34,6 +34,9 @@ def read_moe(arch: Architecture, meta: Metadata, file: GGUFFile, layers: int) ->
         renormalize=facts.renormalize,
         shared_size=_shared_size(facts, meta, size, dense_size),
         gated_shared=facts.gated_shared,
+        is_beside=facts.is_beside,
+        fused_gate_up=f"blk.{layers - 1}.ffn_gate_up_exps.weight" in file.tensors,
+        has_scales=facts.is_beside and f"blk.{layers - 1}.ffn_down_exps.scale" in file.tensors,
     )
     if moe.size == 0:
         raise ModelFileError(

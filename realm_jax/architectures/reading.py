@@ -5,7 +5,8 @@ from realm_jax.architectures.heads import Heads, read_heads
 from realm_jax.architectures.mixture import MAX_SIZE, leading_dense, read_moe
 from realm_jax.architectures.rotary import layer_kinds, read_ropes, yarn_score_factor
 from realm_jax.architectures.table import ARCHITECTURES
-from realm_jax.config import ModelConfig, Temperature
+from realm_jax.architectures.varied import layer_input_size, varied_kinds
+from realm_jax.config import ModelConfig, MoEConfig, Temperature
 from realm_jax.errors import ModelFileError, UnsupportedError
 from realm_jax.gguf import GGUFFile
 from realm_jax.metadata import Metadata
@@ -28,9 +29,10 @@ def read_config(file: GGUFFile) -> ModelConfig:
     layers = meta.count("block_count", max(1, len(file.tensors))) - unused  # each layer has tensors
     if layers < 1:
         raise ModelFileError(f"{meta.source}: {name}.nextn_predict_layers is {unused}, all of block_count")
-    heads = read_heads(arch, meta, hidden)
+    heads = read_heads(arch, meta, hidden, layers)
     moe = read_moe(arch, meta, file, layers)
     kinds = layer_kinds(arch, meta, layers, dense=leading_dense(moe, meta, layers))
+    kinds = varied_kinds(meta, file, heads.num_heads, kinds) if arch.varied else kinds
     has_second_norm = any(f"blk.0.{norm}.weight" in file.tensors for norm in arch.second_norms)
     return ModelConfig(
         architecture=name,
@@ -41,7 +43,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         num_heads=heads.num_heads,
         num_kv_heads=heads.num_kv_heads,
         head_dim=heads.head_dim,
-        ffn_size=meta.count("feed_forward_length", MAX_SIZE, default=moe.size if moe else None),
+        ffn_size=_ffn_size(arch, meta, layers, moe),
         norm_eps=meta.real(f"attention.{_EPSILON[arch.norm]}", above=0.0),
         ropes=tuple(read_ropes(arch, meta, heads.rope_dim, kinds)),
         layers=kinds,
@@ -59,6 +61,9 @@ def read_config(file: GGUFFile) -> ModelConfig:
         parallel=arch.parallel or (bool(arch.second_norms) and not has_second_norm),
         shared_norm=bool(arch.second_norms) and not has_second_norm,
         sinks=arch.sinks,
+        unit_values=arch.unit_values,
+        layer_input_size=layer_input_size(meta) if arch.varied else 0,
+        output_scales=arch.varied and "blk.0.layer_output_scale.weight" in file.tensors,
         learned_positions=arch.learned_positions,
         temperature=_temperature(arch, meta),
         latent=heads.latent,
@@ -76,10 +81,19 @@ _EPSILON = {
 
 
 def _attention_scale(arch: Architecture, meta: Metadata, heads: Heads, *, wide: bool) -> float:
+    if arch.attention_scale is not None:
+        return arch.attention_scale
     if arch.has_scales and meta.scalar("attention.scale", 0):
         return meta.real("attention.scale", above=0.0)
     width = meta.count("embedding_length", 1 << 20) / heads.num_heads if wide else heads.score_dim
     return width**-0.5 * yarn_score_factor(arch, meta)
+
+
+def _ffn_size(arch: Architecture, meta: Metadata, layers: int, moe: MoEConfig | None) -> int:
+    """Features of a plain feed-forward layer; of the largest, where they differ."""
+    if arch.varied:
+        return max(meta.counts("feed_forward_length", layers, MAX_SIZE))
+    return meta.count("feed_forward_length", MAX_SIZE, default=moe.size if moe else None)
 
 
 def _scale(arch: Architecture, meta: Metadata, key: str) -> float:

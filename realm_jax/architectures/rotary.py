@@ -76,7 +76,10 @@ def read_ropes(
         local_base = meta.real(
             "rope.freq_base_swa", default=base if arch.local_rope is True else arch.local_rope, above=1.0
         )
-        yield "local", RopeConfig(dims, local_base, arch.interleaved_rope)
+        of_local = (kind.sizes.head_dim for kind in kinds if kind.rope == "local" and kind.sizes is not None)
+        most = min(of_local, default=rope_dim)
+        local_dims = meta.count("rope.dimension_count_swa", most, default=min(dims, most))
+        yield "local", RopeConfig(local_dims, local_base, arch.interleaved_rope)
     if "none" in named:
         yield "none", RopeConfig(0, 1.0, arch.interleaved_rope)
 

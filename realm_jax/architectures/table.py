@@ -49,6 +49,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         local_rope=10000.0,
         scale_by_width=(62,),
     ),
+    "gemma4": replace(
+        _GEMMA,
+        qk_norm=QKNorm.HEAD,
+        post_norms=True,
+        window_pattern=6,
+        local_rope=True,
+        attention_scale=1.0,
+        unit_values=True,
+        varied=True,
+        experts=MoEFacts(is_beside=True, always=False),
+    ),
     "phi3": Architecture(fused_qkv=True, fused_gate_up=True),
     "olmo2": Architecture(
         qk_norm=QKNorm.PROJECTION, pre_norms=False, post_norms=True, window_pattern=4, local_rope=True

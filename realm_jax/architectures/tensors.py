@@ -48,11 +48,22 @@ def parameters(config: ModelConfig) -> list[Parameter]:
     found = [Parameter(("embedding",), (Part("token_embd", (V, D)),))]
     if config.learned_positions:
         found.append(Parameter(("positions",), (Part("position_embd", (config.context_length, D)),)))
+    found += _layer_inputs(config) if config.layer_input_size else ()
     for index, kind in enumerate(config.layers):
         found += _Layer(config, index).parameters(kind)
     found.append(_norm(config, ("norm", "scale"), Part("output_norm", (D,))))
     found.append(Parameter(("head",), (Part("output", (V, D)),), optional=True))
     return found
+
+
+def _layer_inputs(config: ModelConfig) -> Iterator[Parameter]:
+    """What tells every layer of the tokens, beside the residual."""
+    P, at = config.layer_input_size, "layer_inputs"
+    features = config.num_layers * P
+    yield Parameter((at, "embedding"), (Part("per_layer_token_embd", (config.vocab_size, features)),))
+    project = Part("per_layer_model_proj", (features, config.hidden_size))
+    yield Parameter((at, "project", "kernel"), (project,))
+    yield Parameter((at, "norm", "scale"), (Part("per_layer_proj_norm", (P,)),), "rms")
 
 
 def _norm(config: ModelConfig, path: tuple[str, ...], part: Part) -> Parameter:
@@ -65,7 +76,7 @@ class _Layer:
     """The parameters of one layer."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
-        self.config, self.index = config, index
+        self.config, self.index = config.of(config.layers[index]), index
         self.arch = ARCHITECTURES[config.architecture]
 
     def parameters(self, kind: LayerKind) -> Iterator[Parameter]:
@@ -76,14 +87,20 @@ class _Layer:
             yield from self._delta_net(kind.delta_net)
         elif c.latent is not None:
             yield from self._latent_attention(c.latent)
+        elif kind.keys_of is not None:
+            yield from self._shared_attention()
         else:
             yield from self._attention(kind)
-        if c.pre_norms and not c.shared_norm:
+        if c.has_mlp_norm and not c.shared_norm:
             yield self._norm("mlp_norm", arch.feed_forward_norm)
         if c.post_norms:
             yield self._norm("attention_post_norm", "post_attention_norm")
             yield self._norm("mlp_post_norm", "post_ffw_norm")
-        yield from self._mlp() if c.moe is None or kind.dense else self._experts(c.moe)
+        yield from self._mlp("mlp") if c.moe is None or kind.dense else self._experts(c.moe)
+        if c.layer_input_size:
+            yield from self._layer_input(c.layer_input_size)
+        if c.output_scales:
+            yield Parameter(self._at("output_scale"), (self._part("layer_output_scale", 1),), "vector")
 
     def _at(self, path: str) -> tuple[str, ...]:
         return (f"layer_{self.index}", *path.split("/"))
@@ -107,7 +124,7 @@ class _Layer:
         fused = (part("attn_qkv", q + 2 * kv, D),)
         gated_q = 2 * q if kind.is_gated else q  # each head's query, then its gate
         separate = (part("attn_q", gated_q, D), part("attn_k", kv, D), part("attn_v", kv, D))
-        qkv = fused if self.arch.fused_qkv else separate
+        qkv = fused if self.arch.fused_qkv else separate[: 2 if kind.values_are_keys else 3]
         yield self._matrix("attention/qkv", *qkv, has_bias=self.arch.biased)
         if c.qk_norm is not QKNorm.NONE:
             sizes = (c.head_dim,) * 2 if c.qk_norm is QKNorm.HEAD else (q, kv)
@@ -115,6 +132,13 @@ class _Layer:
             yield self._scale("attention/k_norm", "attn_k_norm", sizes[1])
         if c.sinks:
             yield Parameter(self._at("attention/sinks"), (part("attn_sinks", c.num_heads),), "vector")
+        yield self._matrix("attention/out", part("attn_output", D, q))
+
+    def _shared_attention(self) -> Iterator[Parameter]:
+        c, part = self.config, self._part
+        D, q = c.hidden_size, c.num_heads * c.head_dim
+        yield self._matrix("attention/q", part("attn_q", q, D))
+        yield self._scale("attention/q_norm", "attn_q_norm", c.head_dim)
         yield self._matrix("attention/out", part("attn_output", D, q))
 
     def _delta_net(self, net: DeltaNetConfig) -> Iterator[Parameter]:
@@ -150,16 +174,22 @@ class _Layer:
             yield Parameter(self._at(path), (up,), "heads")
         yield self._matrix("attention/out", part("attn_output", D, N * latent.value_dim))
 
-    def _mlp(self) -> Iterator[Parameter]:
+    def _layer_input(self, features: int) -> Iterator[Parameter]:
+        D = self.config.hidden_size
+        yield self._matrix("layer_input/gate", self._part("inp_gate", features, D))
+        yield self._matrix("layer_input/out", self._part("proj", D, features))
+        yield self._norm("layer_input/norm", "post_norm")
+
+    def _mlp(self, at: str) -> Iterator[Parameter]:
         c, part = self.config, self._part
         D, F = c.hidden_size, c.ffn_size
         if not c.activation.is_gated:
-            yield self._matrix("mlp/up", part("ffn_up", F, D))
+            yield self._matrix(f"{at}/up", part("ffn_up", F, D))
         elif self.arch.fused_gate_up:
-            yield self._matrix("mlp/gate_up", part("ffn_up", 2 * F, D))
+            yield self._matrix(f"{at}/gate_up", part("ffn_up", 2 * F, D))
         else:
-            yield self._matrix("mlp/gate_up", part("ffn_gate", F, D), part("ffn_up", F, D))
-        yield self._matrix("mlp/down", part("ffn_down", D, F))
+            yield self._matrix(f"{at}/gate_up", part("ffn_gate", F, D), part("ffn_up", F, D))
+        yield self._matrix(f"{at}/down", part("ffn_down", D, F))
 
     def _experts(self, moe: MoEConfig) -> Iterator[Parameter]:
         part = self._part
@@ -174,11 +204,27 @@ class _Layer:
                 whole = part(name, E, out, into)
                 return Part(whole.name, whole.shape, e)
 
-            gate_up = mine("ffn_gate_exps", F, D), mine("ffn_up_exps", F, D)
+            separate = mine("ffn_gate_exps", F, D), mine("ffn_up_exps", F, D)
+            gate_up = (mine("ffn_gate_up_exps", 2 * F, D),) if moe.fused_gate_up else separate
             yield Parameter(self._at(f"mlp/experts/gate_up/{e}"), gate_up)
             yield Parameter(self._at(f"mlp/experts/down/{e}"), (mine("ffn_down_exps", D, F),))
+        if moe.has_scales:
+            scales = Part(f"blk.{self.index}.ffn_down_exps", (E,), suffix="scale")
+            yield Parameter(self._at("mlp/scales"), (scales,), "vector")
+        if moe.is_beside:
+            yield from self._plain_beside()
         if moe.shared_size:
             yield from self._shared_expert(moe)
+
+    def _plain_beside(self) -> Iterator[Parameter]:
+        """The plain feed-forward layer beside experts, and the norms of both."""
+        router = Part(f"blk.{self.index}.ffn_gate_inp", (self.config.hidden_size,), suffix="scale")
+        yield Parameter(self._at("mlp/router_norm/scale"), (router,), "rms")
+        yield from self._mlp("mlp/plain")
+        yield self._norm("mlp/plain_norm", self.arch.feed_forward_norm)
+        yield self._norm("mlp/experts_norm", "pre_ffw_norm_2")
+        yield self._norm("mlp/plain_post_norm", "post_ffw_norm_1")
+        yield self._norm("mlp/experts_post_norm", "post_ffw_norm_2")
 
     def _shared_expert(self, moe: MoEConfig) -> Iterator[Parameter]:
         part, D, F = self._part, self.config.hidden_size, moe.shared_size

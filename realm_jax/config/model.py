@@ -1,6 +1,6 @@
 """Facts of a model, read from its file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -66,14 +66,35 @@ class DeltaNetConfig:
 
 
 @dataclass(frozen=True)
-class LayerKind:
-    """What distinguishes one layer's arithmetic from another's; never its index."""
+class LayerSizes:
+    """The sizes of a layer, where they differ from layer to layer."""
 
-    window: int | None = None  # a key is visible if query position - key position < window
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What distinguishes one layer's arithmetic from another's; never its index.
+
+    window: a key is visible if query position - key position < window.
+    dense: a plain feed-forward layer, whatever the others have.
+    is_gated: attention's output passes a gate.
+    delta_net: what stands in place of attention.
+    sizes: None = the model's.
+    keys_of: the earlier layer whose keys and values are read, by a layer that has none.
+    values_are_keys: before either is normed and turned.
+    """
+
+    window: int | None = None
     rope: str = "global"
-    dense: bool = False  # a plain feed-forward layer, whatever the others have
-    is_gated: bool = False  # attention's output passes a gate
-    delta_net: DeltaNetConfig | None = None  # what stands in place of attention
+    dense: bool = False
+    is_gated: bool = False
+    delta_net: DeltaNetConfig | None = None
+    sizes: LayerSizes | None = None
+    keys_of: int | None = None
+    values_are_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,8 @@ class MoEConfig:
     renormalize: the weights are made to add up to 1; then `scale` multiplies them.
     shared_size: features of the expert that every token goes through; 0 = none.
     gated_shared: what that adds is weighted by a sigmoid.
+    is_beside: every layer has a plain feed-forward layer as well, and norms for each of the two.
+    fused_gate_up: one tensor has both of these projections. has_scales: each expert's output has a factor.
     """
 
     num_experts: int
@@ -98,6 +121,9 @@ class MoEConfig:
     scale: float = 1.0
     shared_size: int = 0
     gated_shared: bool = False
+    is_beside: bool = False
+    fused_gate_up: bool = False
+    has_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,8 +153,11 @@ class Temperature:
 class ModelConfig:
     """Facts of a model, read from its GGUF metadata. Hashable: the static argument of every program.
 
-    num_kv_heads, head_dim: as the cache keeps them.
+    num_kv_heads, head_dim: as the cache keeps them; where layers differ, these and ffn_size are the largest.
     parallel: attention and feed-forward read the same residual; shared_norm: and the same norm of it.
+    unit_values: values are brought to root mean square 1.
+    layer_input_size: features of the embedding that each layer has of its own; 0 = none.
+    output_scales: each layer's output has a factor.
     has_reordered_heads: rows of q and k stand in pairs that rope turns, in Hugging Face's files in halves.
     """
 
@@ -157,12 +186,29 @@ class ModelConfig:
     parallel: bool = False
     shared_norm: bool = False
     sinks: bool = False
+    unit_values: bool = False
+    layer_input_size: int = 0
+    output_scales: bool = False
     learned_positions: bool = False
     temperature: Temperature | None = None
     latent: LatentConfig | None = None
     has_reordered_heads: bool = False
     moe: MoEConfig | None = None
     unused_layers: int = 0  # in the file after the others: heads that draft
+
+    def of(self, kind: LayerKind) -> "ModelConfig":
+        """The model as a layer of this kind sees it: with its own sizes."""
+        sizes = kind.sizes
+        if sizes is None:
+            return self
+        return replace(
+            self, num_kv_heads=sizes.num_kv_heads, head_dim=sizes.head_dim, ffn_size=sizes.ffn_size
+        )
+
+    @property
+    def has_mlp_norm(self) -> bool:
+        """Whether the residual is normed once for the whole feed-forward layer."""
+        return self.pre_norms and not (self.moe is not None and self.moe.is_beside)
 
     @property
     def is_recurrent(self) -> bool:

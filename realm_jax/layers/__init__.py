@@ -6,6 +6,7 @@ inputs to its own type.
 """
 
 from realm_jax.layers.block import Block
+from realm_jax.layers.layer_input import LayerInputs
 from realm_jax.layers.projection import Norm, Where
 
-__all__ = ["Block", "Norm", "Where"]
+__all__ = ["Block", "LayerInputs", "Norm", "Where"]

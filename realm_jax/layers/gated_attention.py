@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from realm_jax.cache import Cache
 from realm_jax.config import LayerKind, ModelConfig
-from realm_jax.layers.projection import Linear, Norm, Where
+from realm_jax.layers.projection import Linear, Norm, Where, scoring
 
 
 class GatedAttention(nn.Module):
@@ -29,13 +29,6 @@ class GatedAttention(nn.Module):
         q, gate = heads[:, :, : 2 * N : 2], heads[:, :, 1 : 2 * N : 2]
         k, v = heads[:, :, 2 * N : 2 * N + K], heads[:, :, 2 * N + K :]
         q, k = Norm(c.norm_eps, name="q_norm")(q), Norm(c.norm_eps, name="k_norm")(k)
-        out, cache = cache.extend(
-            jnp.concatenate([q, k, v], axis=2),
-            where.rotations[self.kind.rope],
-            where.slots,
-            where.positions,
-            scale=c.attention_scale,
-            softcap=c.attention_softcap,
-            window=self.kind.window,
-        )
+        heads, turn = jnp.concatenate([q, k, v], axis=2), where.rotations[self.kind.rope]
+        out, cache = cache.extend(heads, turn, where.slots, where.positions, **scoring(c, self.kind))
         return Linear(D, name="out")((out * nn.sigmoid(gate)).reshape(B, T, -1)), cache

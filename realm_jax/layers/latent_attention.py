@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from realm_jax.cache import Cache
 from realm_jax.config import LayerKind, ModelConfig
-from realm_jax.layers.projection import Linear, Norm, Where, weight
+from realm_jax.layers.projection import Linear, Norm, Where, scoring, weight
 
 
 class LatentAttention(nn.Module):
@@ -35,15 +35,8 @@ class LatentAttention(nn.Module):
             [jnp.concatenate([each, vector], axis=-1) for each in (key, jnp.zeros_like(key))], axis=2
         )
         heads = jnp.concatenate([jnp.concatenate([turned, inner], axis=-1), one], axis=2)
-        out, cache = cache.extend(
-            heads,
-            where.rotations[self.kind.rope],
-            where.slots,
-            where.positions,
-            scale=c.attention_scale,
-            softcap=c.attention_softcap,
-            window=self.kind.window,
-        )
+        turn = where.rotations[self.kind.rope]
+        out, cache = cache.extend(heads, turn, where.slots, where.positions, **scoring(c, self.kind))
         mixed = out[..., latent.rope_dim :]
         values = mixed @ weight(self, "v_up", (c.num_heads, latent.rank, latent.value_dim))
         return Linear(D, name="out")(values.reshape(B, T, -1)), cache

@@ -7,6 +7,7 @@ import jax
 from flax import struct
 from jaxtyping import Array, Float
 
+from realm_jax.config import LayerKind, ModelConfig
 from realm_jax.nodes import Rotation
 
 
@@ -18,6 +19,7 @@ class Where:
     positions: jax.Array  # [B, T] absolute
     rotations: dict[str, Rotation]
     lengths: jax.Array | None = None  # [B] tokens of each row that are real; None: all
+    inputs: jax.Array | None = None  # [B, T, P] what one layer has of the tokens beside the residual
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
@@ -27,6 +29,15 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
         path = "/".join((*module.path, name))
         raise ValueError(f"{path} is {tuple(node.shape)}; the model needs {shape}")
     return node
+
+
+def scoring(config: ModelConfig, kind: LayerKind) -> dict[str, Any]:
+    """How attention weighs keys, as `Cache.attend` takes it."""
+    return {
+        "scale": config.attention_scale,
+        "softcap": config.attention_softcap,
+        "window": kind.window,
+    }
 
 
 class Linear(nn.Module):
@@ -47,3 +58,11 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         return weight(self, "scale", x.shape[-1:]).normalize(x, self.eps)
+
+
+class HookPoint(nn.Module):
+    """What it is given, by a name: where research sees and changes what no other module gives."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+        return x

@@ -22,6 +22,8 @@ LINEAR = (Q, K, V, QKV, "self_attn.o_proj", GATE, UP, GATE_UP, "mlp.down_proj", 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm")
 NORMS += ("post_feedforward_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 LAYER_NAME = re.compile(r"model\.layers\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<part>.+)")
+SHIFTED = ("gemma", "gemma2", "gemma3")
+"""Architectures whose factors of norms are less by 1 in Hugging Face's files."""
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 EXPERTS = ("mlp.experts.", "block_sparse_moe.experts.", "mlp.switch_mlp.")
 
@@ -144,8 +146,8 @@ class Layout:
 
     def offset(self, module: str) -> float:
         """What the file adds to the module's weight."""
-        is_norm = module.endswith("norm")
-        return 1.0 if is_norm and self.base.config.architecture.startswith("gemma") else 0.0
+        is_shifted = self.base.config.architecture in SHIFTED
+        return 1.0 if is_shifted and module.endswith("norm") else 0.0
 
 
 @cache

@@ -125,6 +125,8 @@ def _indivisible(config: ModelConfig) -> str | None:
         return "attention sinks"
     if config.is_recurrent:
         return "recurrent layers"
+    if any(kind.sizes is not None for kind in config.layers):
+        return "layers of different sizes"
     return "norms over all heads together" if config.qk_norm is QKNorm.PROJECTION else None
 
 

@@ -20,7 +20,7 @@ from realm_jax.model import Transformer, hidden_states, next_token_logits
 from realm_jax.parallel import ShardedTransformer
 from realm_jax.research.observed import observed
 from realm_jax.research.probe import Probe, as_tree
-from realm_jax.sequence_cache import SequenceCache
+from realm_jax.sequence_cache import empty_caches
 from realm_jax.weights import Params
 
 
@@ -75,11 +75,11 @@ def forward(
     Raises RequestError for a name that matches nothing, or an edit that gives another shape or type.
     """
     require_observable(model)
-    probe, c = Probe.of(capture, edit or {}), model.config
+    probe = Probe.of(capture, edit or {})
     B, T = tokens.shape
     tokens = jnp.asarray(tokens)
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    caches = (SequenceCache.empty(c.num_kv_heads),) * c.num_layers
+    caches = empty_caches(model.config)
     hidden, _ = hidden_states(observed(model, probe), params, tokens, positions, caches, None)
     logits = next_token_logits(model, params, hidden)
     probe.check()

@@ -3,6 +3,7 @@
 There is one definition of the model: names are those of its modules, and a layer's arithmetic is its own.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -45,11 +46,9 @@ class Observed(Transformer):
         if index == 0:
             x = self.observer.see("embedding", x, where.positions)
         x = see("resid_pre", x)
-        watched = _Layer(see, x)
-        with nn.intercept_methods(watched.intercept):
-            kept = watch(cache, see)
-            out: Any = block.apply({"params": params}, x, kept, where)
-        return see("resid_post", watched.moved(out[0])), out[1].inner
+        with nn.intercept_methods(functools.partial(_intercept, see)):
+            out: Any = block.apply({"params": params}, x, watch(cache, see), where)
+        return see("resid_post", out[0]), out[1].inner
 
     def __call__(
         self,
@@ -83,45 +82,18 @@ class InTurn:
         return self.second.see(name, self.first.see(name, x, positions), positions)
 
 
-class _Layer:
-    """The calls of one layer's modules."""
-
-    def __init__(self, see: See, x: Array) -> None:
-        self._see = see
-        self._read = [x]  # what is not the residual between the halves: the layer's input, and norms of it
-        self._move: Array | None = None  # what an edit added to the residual between the halves
-
-    def intercept(
-        self, call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
-        """The module's result, what goes in and out of it seen."""
-        name = ".".join(context.module.path)
-        if not name or context.method_name != "__call__":
-            return call(*args, **kwargs)
-        first, *rest = args
-        if name.startswith("mlp") and name.endswith(".down"):
-            first = self._see(name.removesuffix("down") + "hidden", first)
-        elif name in ("mlp_norm", "mlp") and not any(first is x for x in self._read):
-            first = self._between(first)
-        out = call(first, *rest, **kwargs)
-        if isinstance(out, tuple):
-            return self._see(name, out[0]), *out[1:]
-        seen = self._see(name, out)
-        if name in ("attention_norm", "mlp_norm"):
-            self._read.append(seen)
-        return seen
-
-    def _between(self, x: Array) -> Array:
-        """The residual between the halves. The layer adds its second half to the one that it has: by what an
-        edit moved it, the sum is moved at the end."""
-        edited = self._see("resid_mid", x)
-        if edited is not x:
-            self._move = edited - x
-        return edited
-
-    def moved(self, y: Array) -> Array:
-        """The layer's output with what an edit added in between."""
-        return y if self._move is None else y + self._move
+def _intercept(
+    see: See, call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    """The result of a layer's module, what goes in and out of it seen."""
+    name = ".".join(context.module.path)
+    if not name or context.method_name != "__call__":
+        return call(*args, **kwargs)
+    first, *rest = args
+    if name.startswith("mlp") and name.endswith(".down"):
+        first = see(name.removesuffix("down") + "hidden", first)
+    out = call(first, *rest, **kwargs)
+    return (see(name, out[0]), *out[1:]) if isinstance(out, tuple) else see(name, out)
 
 
 @dataclass(frozen=True)
