@@ -200,9 +200,9 @@ class Scale:
 
 @struct.dataclass
 class CenteredScale(Scale):
-    """The learned factors of a norm that subtracts the mean, and its bias."""
+    """The learned factors of a norm that subtracts the mean, and its bias: [D], or [N, D] of each head."""
 
-    bias: jax.Array  # [D]
+    bias: jax.Array
 
     def normalize(self, x: Float[Array, "*lead D"], eps: float) -> Float[Array, "*lead D"]:
         """The rows at mean 0 and variance 1, times the factors, plus the bias."""

@@ -89,7 +89,7 @@ def _node(
         case "matrix":
             return _matrix(file, config, numerics, placement, p)
         case "heads":
-            return placement.same(lambda: projections.per_head(_vector(file, first.tensor), numerics))
+            return placement.same(lambda: projections.per_head(_head_matrices(file, first), numerics))
         case "vector":
             return placement.same(lambda: jax.device_put(_vector(file, first.tensor)))
         case "rms":
@@ -191,7 +191,8 @@ def check_tensors(file: TensorFile, config: ModelConfig) -> None:
             weight, bias = part.tensor, part.name + ".bias"
             shapes = {weight: part.shape}
             if parameter.kind in ("matrix", "layer"):
-                shapes[bias] = part.shape[:1] if part.expert is None else part.shape[:2]
+                outputs = part.shape[:1] if part.expert is None else part.shape[:2]
+                shapes[bias] = outputs if parameter.kind == "matrix" else part.shape
             known.update(shapes)
             required = {weight: not parameter.optional, bias: parameter.has_bias}
             problems += [
@@ -227,7 +228,7 @@ def _planned(file: TensorFile, p: Parameter, numerics: Numerics) -> int:
     if p.is_vector:
         return 4 * prod(p.parts[0].shape)
     if p.kind == "heads":
-        return projections.dense_bytes(p.parts[0].shape, numerics)
+        return projections.dense_bytes(_head_shape(p.parts[0]), numerics)
     biases = sum(part.shape[-2] for part in p.parts) if _is_biased(file, p.parts) else 0
     parts = [_unread(file, part) for part in p.parts]
     return 4 * biases + projections.planned_bytes(parts, _numerics_of(p, numerics))
@@ -244,7 +245,23 @@ def _is_present(file: TensorFile, p: Parameter) -> bool:
 
 def _part_bytes(file: TensorFile, part: Part) -> int:
     nbytes = file.tensors[part.tensor].nbytes
+    if part.rows is not None:
+        return nbytes * part.rows.count // part.rows.height
     return nbytes if part.expert is None else nbytes // part.shape[0]
+
+
+def _head_matrices(file: TensorFile, part: Part) -> np.ndarray:
+    """A matrix for each head [N, O, I]."""
+    whole, rows = _vector(file, part.tensor), part.rows
+    if rows is None:
+        return whole
+    mine = whole.reshape(rows.heads, rows.height, -1)[:, rows.first :][:, : rows.count]
+    return mine.swapaxes(1, 2) if rows.is_transposed else mine
+
+
+def _head_shape(part: Part) -> tuple[int, ...]:
+    """As many numbers as `_head_matrices` gives."""
+    return part.shape if part.rows is None else (part.rows.heads, part.rows.count, part.shape[1])
 
 
 def _vector(file: TensorFile, name: str) -> np.ndarray:

@@ -21,12 +21,16 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Variant:
-    """A golden model of another name, with keys set and tensors changed."""
+    """A golden model of another name, with keys set (None: left out) and tensors changed.
+
+    is_another: its logits differ from those of the base.
+    """
 
     base: str
     keys: Mapping[str, Any] = field(default_factory=dict)
     change: Callable[[Tensors, np.random.Generator], None] = lambda tensors, rng: None
     architecture: str | None = None  # that of the base
+    is_another: bool = True
 
 
 def _selection_bias(tensors: Tensors, rng: np.random.Generator) -> None:
@@ -43,6 +47,33 @@ def _second_norm(tensors: Tensors, rng: np.random.Generator) -> None:
         for suffix, mean in (("weight", 1.0), ("bias", 0.0)):
             vector = mean + 0.2 * rng.standard_normal(64, np.float32)
             tensors[f"blk.{layer}.attn_norm_2.{suffix}"] = vector.astype(np.float32)
+
+
+def _joined_ups(tensors: Tensors, rng: np.random.Generator) -> None:
+    """As converters wrote DeepSeek's models before April 2025."""
+    for layer in range(2):
+        keys, values = (tensors.pop(f"blk.{layer}.attn_{name}_b.weight") for name in "kv")
+        both = np.concatenate([keys.swapaxes(1, 2), values], axis=1)
+        tensors[f"blk.{layer}.attn_kv_b.weight"] = np.ascontiguousarray(both.reshape(-1, both.shape[-1]))
+
+
+def _own_head_norms(tensors: Tensors, rng: np.random.Generator) -> None:
+    _no_second_norm(tensors, rng)
+    for layer in range(2):
+        for name in "qk":
+            factors = rng.normal(1, 0.3, (2, 32)).astype(np.float32)
+            tensors[f"blk.{layer}.attn_{name}_norm.weight"] = factors
+
+
+def _command_r_plus(tensors: Tensors, rng: np.random.Generator) -> None:
+    """llama.cpp expects the norms from 64 layers on."""
+    for name in [name for name in tensors if name.startswith("blk.")]:
+        layer, rest = name.removeprefix("blk.").split(".", 1)
+        for i in range(int(layer), 64, 2):
+            tensors[f"blk.{i}.{rest}"] = tensors[name]
+    for i in range(64):
+        for name, heads in (("q", 4), ("k", 2)):
+            tensors[f"blk.{i}.attn_{name}_norm.weight"] = rng.normal(1, 0.3, (heads, 16)).astype(np.float32)
 
 
 def _experts(tensors: Tensors, rng: np.random.Generator) -> None:
@@ -143,9 +174,23 @@ VARIANTS = {
         _selection_bias,
     ),
     "deepseek2-yarn": Variant("deepseek2", YARN | {"rope.scaling.yarn_log_multiplier": 0.0707}),
+    "deepseek2-joined": Variant(
+        "deepseek2",
+        {
+            "attention.key_length_mla": None,
+            "attention.value_length_mla": None,
+            "attention.key_length": 24,
+            "attention.value_length": 16,
+            "attention.head_count_kv": 4,
+        },
+        _joined_ups,
+        is_another=False,
+    ),
+    "command-r-plus": Variant("command-r", {"block_count": 64}, _command_r_plus),
     "mistral3-plain-yarn": Variant("mistral3", {"rope.scaling.yarn_log_multiplier": 0.0}),
     "granitemoe": Variant("granite", EXPERTS, _experts, "granitemoe"),
     "stablelm-parallel": Variant("stablelm", change=_no_second_norm),
+    "stablelm-12b": Variant("stablelm", change=_own_head_norms),
     "falcon-40b": Variant("falcon", change=_second_norm),
     "olmo3": Variant("olmo2", YARN | {"attention.sliding_window": 8}),
     "gpt-oss-yarn": Variant("gpt-oss", YARN),
@@ -191,7 +236,7 @@ def write_variant(fixtures: Path, name: str, path: Path) -> Path:
     variant.change(tensors, np.random.default_rng(0))
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in keys.items():
-        if key != "general.architecture":
+        if key != "general.architecture" and value is not None:
             _add(writer, key, value)
     for tensor, data in tensors.items():
         writer.add_tensor(tensor, data)

@@ -32,6 +32,7 @@ class Architecture:
 
     reordered: rows of q and k stand in another order than Hugging Face's, where rope is interleaved.
     norm: "layer" subtracts the mean (Ba et al. 2016), "biased layer" adds a bias as well.
+    own_head_norms: queries and keys of each head are normed by factors of its own, in files that have these.
     parallel: attention and feed-forward read the same residual.
     attention_norm, feed_forward_norm: the tensors of the norms before these.
     second_norms: in a file without any of these tensors, both read the same norm, and so are parallel.
@@ -58,6 +59,7 @@ class Architecture:
     biased: bool = False  # q, k and v have biases
     norm: Literal["rms", "layer", "biased layer"] = "rms"
     qk_norm: QKNorm = QKNorm.NONE
+    own_head_norms: bool = False
     pre_norms: bool = True
     post_norms: bool = False
     parallel: bool = False

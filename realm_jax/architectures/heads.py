@@ -55,24 +55,25 @@ def _even_share(hidden: int, heads: int, meta: Metadata) -> int:
 
 
 def _latent(meta: Metadata, heads: int) -> Heads:
-    """One kv head, of the latent vector and the turned part of the key, which all queries share."""
-    if not meta.has("attention.key_length_mla"):
-        raise UnsupportedError(
-            f"{meta.source}: {meta.architecture}.attention.key_length_mla is missing: the file has attn_kv_b "
-            "in one piece, as converters wrote it before April 2025; convert the model again"
-        )
+    """One kv head, of the latent vector and the turned part of the key, which all queries share.
+
+    Files from before April 2025 have other keys, and keys' and values' matrices in one tensor.
+    """
+    is_joined = not meta.has("attention.key_length_mla")
+    suffix = "" if is_joined else "_mla"
     rope_dim = meta.count("rope.dimension_count", MAX_HEAD_DIM)
-    key_length = meta.count("attention.key_length_mla", MAX_HEAD_DIM)
+    key_length = meta.count(f"attention.key_length{suffix}", MAX_HEAD_DIM)
     if key_length <= rope_dim:
         raise ModelFileError(
-            f"{meta.source}: {meta.architecture}.attention.key_length_mla is {key_length}; it must be more "
-            f"than rope.dimension_count {rope_dim}"
+            f"{meta.source}: {meta.architecture}.attention.key_length{suffix} is {key_length}; it must be "
+            f"more than rope.dimension_count {rope_dim}"
         )
     latent = LatentConfig(
         query_rank=meta.count("attention.q_lora_rank", 1 << 20, default=0),
         rank=meta.count("attention.kv_lora_rank", MAX_HEAD_DIM),
         plain_dim=key_length - rope_dim,
         rope_dim=rope_dim,
-        value_dim=meta.count("attention.value_length_mla", MAX_HEAD_DIM),
+        value_dim=meta.count(f"attention.value_length{suffix}", MAX_HEAD_DIM),
+        is_joined=is_joined,
     )
     return Heads(heads, 1, latent.rank + rope_dim, rope_dim, key_length, latent)

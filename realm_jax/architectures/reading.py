@@ -6,7 +6,7 @@ from realm_jax.architectures.mixture import MAX_SIZE, leading_dense, read_moe
 from realm_jax.architectures.rotary import layer_kinds, read_ropes, yarn_score_factor
 from realm_jax.architectures.table import ARCHITECTURES
 from realm_jax.architectures.varied import layer_input_size, varied_kinds
-from realm_jax.config import ModelConfig, MoEConfig, Temperature
+from realm_jax.config import ModelConfig, MoEConfig, QKNorm, Temperature
 from realm_jax.errors import ModelFileError, UnsupportedError
 from realm_jax.gguf import GGUFFile
 from realm_jax.metadata import Metadata
@@ -55,7 +55,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         * (hidden**0.5 if arch.scaled_embedding else 1.0),
         residual_scale=_scale(arch, meta, "residual_scale"),
         logit_scale=_logit_scale(arch, meta),
-        qk_norm=arch.qk_norm,
+        qk_norm=_qk_norm(arch, file),
         pre_norms=arch.pre_norms,
         post_norms=arch.post_norms,
         parallel=arch.parallel or (bool(arch.second_norms) and not has_second_norm),
@@ -87,6 +87,11 @@ def _attention_scale(arch: Architecture, meta: Metadata, heads: Heads, *, wide: 
         return meta.real("attention.scale", above=0.0)
     width = meta.count("embedding_length", 1 << 20) / heads.num_heads if wide else heads.score_dim
     return width**-0.5 * yarn_score_factor(arch, meta)
+
+
+def _qk_norm(arch: Architecture, file: GGUFFile) -> QKNorm:
+    has_own = arch.own_head_norms and "blk.0.attn_q_norm.weight" in file.tensors
+    return QKNorm.EACH_HEAD if has_own else arch.qk_norm
 
 
 def _ffn_size(arch: Architecture, meta: Metadata, layers: int, moe: MoEConfig | None) -> int:

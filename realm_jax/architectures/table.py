@@ -14,6 +14,7 @@ _COHERE = Architecture(
     norm="layer",
     parallel=True,
     second_norms=("ffn_norm",),
+    own_head_norms=True,
     logit_scale="multiplies",
 )
 _QWEN35 = Architecture(qk_norm=QKNorm.HEAD, feed_forward_norm="post_attention_norm", value_heads="tiled")
@@ -81,7 +82,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope_on="none",
     ),
     "starcoder2": Architecture(activation=Activation.GELU, norm="biased layer", biased=True),
-    "stablelm": Architecture(norm="biased layer", second_norms=("ffn_norm",)),
+    "stablelm": Architecture(norm="biased layer", second_norms=("ffn_norm",), own_head_norms=True),
     "falcon": Architecture(
         activation=Activation.GELU,
         norm="biased layer",

@@ -1,7 +1,7 @@
 """The tensors of a model, and where in the params tree each stands."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from realm_jax.architectures.table import ARCHITECTURES
@@ -9,13 +9,28 @@ from realm_jax.config import DeltaNetConfig, LatentConfig, LayerKind, ModelConfi
 
 
 @dataclass(frozen=True)
+class HeadRows:
+    """Of the `height` rows that each head has in a matrix, `count` from `first` on."""
+
+    heads: int
+    height: int
+    first: int
+    count: int
+    is_transposed: bool
+
+
+@dataclass(frozen=True)
 class Part:
-    """A GGUF tensor, or one expert's slice of it, and the shape it must have."""
+    """A GGUF tensor, or one expert's slice of it, and the shape it must have.
+
+    rows: the rows of it that are meant; None = all.
+    """
 
     name: str
     shape: tuple[int, ...]
     expert: int | None = None
     suffix: str = "weight"
+    rows: "HeadRows | None" = None
 
     @property
     def tensor(self) -> str:
@@ -126,13 +141,22 @@ class _Layer:
         separate = (part("attn_q", gated_q, D), part("attn_k", kv, D), part("attn_v", kv, D))
         qkv = fused if self.arch.fused_qkv else separate[: 2 if kind.values_are_keys else 3]
         yield self._matrix("attention/qkv", *qkv, has_bias=self.arch.biased)
-        if c.qk_norm is not QKNorm.NONE:
-            sizes = (c.head_dim,) * 2 if c.qk_norm is QKNorm.HEAD else (q, kv)
-            yield self._scale("attention/q_norm", "attn_q_norm", sizes[0])
-            yield self._scale("attention/k_norm", "attn_k_norm", sizes[1])
+        yield from self._qk_norms(q, kv)
         if c.sinks:
             yield Parameter(self._at("attention/sinks"), (part("attn_sinks", c.num_heads),), "vector")
         yield self._matrix("attention/out", part("attn_output", D, q))
+
+    def _qk_norms(self, q: int, kv: int) -> Iterator[Parameter]:
+        c = self.config
+        for name, heads, size in (("q_norm", c.num_heads, q), ("k_norm", c.num_kv_heads, kv)):
+            match c.qk_norm:
+                case QKNorm.HEAD:
+                    yield self._scale(f"attention/{name}", f"attn_{name}", c.head_dim)
+                case QKNorm.PROJECTION:
+                    yield self._scale(f"attention/{name}", f"attn_{name}", size)
+                case QKNorm.EACH_HEAD:
+                    own = self._part(f"attn_{name}", heads, c.head_dim)
+                    yield Parameter(self._at(f"attention/{name}/scale"), (own,), "layer")
 
     def _shared_attention(self) -> Iterator[Parameter]:
         c, part = self.config, self._part
@@ -167,12 +191,18 @@ class _Layer:
             yield self._matrix("attention/q", part("attn_q", queries, D))
         yield self._matrix("attention/kv_down", part("attn_kv_a_mqa", rank + latent.rope_dim, D))
         yield self._scale("attention/kv_norm", "attn_kv_a_norm", rank)
-        for path, up in (
-            ("attention/k_up", part("attn_k_b", N, rank, latent.plain_dim)),
-            ("attention/v_up", part("attn_v_b", N, latent.value_dim, rank)),
-        ):
+        for path, up in zip(("attention/k_up", "attention/v_up"), self._ups(latent), strict=True):
             yield Parameter(self._at(path), (up,), "heads")
         yield self._matrix("attention/out", part("attn_output", D, N * latent.value_dim))
+
+    def _ups(self, latent: LatentConfig) -> tuple[Part, Part]:
+        """What brings each head's queries into the latent space, and its values out of it."""
+        N, rank, plain, value = self.config.num_heads, latent.rank, latent.plain_dim, latent.value_dim
+        if not latent.is_joined:
+            return self._part("attn_k_b", N, rank, plain), self._part("attn_v_b", N, value, rank)
+        both, height = self._part("attn_kv_b", N * (plain + value), rank), plain + value
+        keys = HeadRows(N, height, 0, plain, is_transposed=True)
+        return replace(both, rows=keys), replace(both, rows=HeadRows(N, height, plain, value, False))
 
     def _layer_input(self, features: int) -> Iterator[Parameter]:
         D = self.config.hidden_size

@@ -23,6 +23,7 @@ class QKNorm(StrEnum):
 
     NONE = "none"
     HEAD = "head"
+    EACH_HEAD = "each head"  # with factors of its own
     PROJECTION = "projection"  # all heads together
 
 
@@ -132,6 +133,7 @@ class LatentConfig:
 
     query_rank: of the projection into queries; 0 = they are projected at once.
     rank: of keys and values. plain_dim, rope_dim: of a head's query and key, unturned and turned.
+    is_joined: one tensor has what keys and what values are made by.
     """
 
     query_rank: int
@@ -139,6 +141,7 @@ class LatentConfig:
     plain_dim: int
     rope_dim: int
     value_dim: int
+    is_joined: bool = False
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def rms_norm(x: Float[Array, "*lead D"], scale: Float[Array, "D"], eps: float) -
 
 
 def layer_norm(
-    x: Float[Array, "*lead D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+    x: Float[Array, "*lead D"], scale: Float[Array, "*heads D"], bias: Float[Array, "*heads D"], eps: float
 ) -> Float[Array, "*lead D"]:
     """Rows brought to mean 0 and variance 1, times `scale`, plus `bias` (Ba et al. 2016)."""
     centered = x - row_sum(x)[..., None] / x.shape[-1]

@@ -46,9 +46,10 @@ class Attention(nn.Module):
         return heads
 
     def _normed(self, heads: Float[Array, "B T N H"], name: str) -> Float[Array, "B T N H"]:
-        is_by_head = self.config.qk_norm is QKNorm.HEAD
-        rows = heads if is_by_head else heads.reshape(*heads.shape[:2], -1)
-        return Norm(self.config.norm_eps, name=name)(rows).reshape(heads.shape)
+        c = self.config
+        rows = heads.reshape(*heads.shape[:2], -1) if c.qk_norm is QKNorm.PROJECTION else heads
+        axes = 2 if c.qk_norm is QKNorm.EACH_HEAD else 1
+        return Norm(c.norm_eps, axes, name=name)(rows).reshape(heads.shape)
 
 
 def query_scale(positions: Int[Array, "B T"], temperature: Temperature) -> Float[Array, "B T 1 1"]:

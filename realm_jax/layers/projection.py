@@ -54,10 +54,11 @@ class Norm(nn.Module):
     """Rows brought to size 1, then scaled by learned factors, as the node of these says."""
 
     eps: float
+    axes: int = 1  # of the factors: the last of the rows', which are one each
 
     @nn.compact
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        return weight(self, "scale", x.shape[-1:]).normalize(x, self.eps)
+        return weight(self, "scale", x.shape[-self.axes :]).normalize(x, self.eps)
 
 
 class HookPoint(nn.Module):

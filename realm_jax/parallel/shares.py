@@ -127,7 +127,10 @@ def _indivisible(config: ModelConfig) -> str | None:
         return "recurrent layers"
     if any(kind.sizes is not None for kind in config.layers):
         return "layers of different sizes"
-    return "norms over all heads together" if config.qk_norm is QKNorm.PROJECTION else None
+    return {
+        QKNorm.PROJECTION: "norms over all heads together",
+        QKNorm.EACH_HEAD: "norms with factors of each head",
+    }.get(config.qk_norm)
 
 
 def _feed_forward_sizes(config: ModelConfig) -> set[int]:
