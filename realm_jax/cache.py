@@ -106,7 +106,7 @@ def _of_layer(
     shape = slots, sizes.num_kv_heads, capacity, sizes.head_dim
     if _is_latent(model, numerics.kv_dtype):
         return LatentCache(jnp.zeros(shape, _storage(numerics)), kernels=numerics.kernels)
-    return empty_cache(shape, numerics, sinks=model.sinks)
+    return empty_cache(shape, numerics)
 
 
 def _is_latent(model: ModelConfig, kv_dtype: str) -> bool:
@@ -114,11 +114,10 @@ def _is_latent(model: ModelConfig, kv_dtype: str) -> bool:
     return model.latent is not None and kv_dtype != "int8"
 
 
-def empty_cache(shape: tuple[int, int, int, int], numerics: Numerics, *, sinks: bool = False) -> Cache:
+def empty_cache(shape: tuple[int, int, int, int], numerics: Numerics) -> Cache:
     """An empty cache [S, K, C, H] that stores float32, bfloat16 or int8."""
     S, K, C, H = shape
-    # the C++ kernels take heads of whole vectors, and know no sinks
-    is_native = numerics.kernels == "native" and H % LANES == 0 and not sinks
+    is_native = numerics.kernels == "native" and H % LANES == 0  # they take heads of whole vectors
     if numerics.kv_dtype == "int8":
         codes, scales = jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32)
         kind = NativeInt8Cache if is_native else Int8Cache

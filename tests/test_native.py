@@ -142,21 +142,31 @@ HOW = {"scale": np.float32(1), "softcap": np.float32(0), "window": np.int64(0)}
 @pytest.mark.parametrize(
     "arguments",
     [
-        (Q, KEYS[:, :, :, :8], VALUES[..., :16], NONE, NONE, NO_SLOTS, AT),  # head dim
-        (Q, KEYS[:, :, :, :12], VALUES[..., :24], NONE, NONE, NO_SLOTS, AT),  # no whole vectors
-        (Q, ones(2, 3, 1, 16, 64, dtype=PAIRS), ones(2, 3, 1, 32, 32, dtype=PAIRS), NONE, NONE, NO_SLOTS, AT),
-        (Q, KEYS[..., :48], VALUES[:, :, :, :24], NONE, NONE, NO_SLOTS, AT),  # no whole blocks
-        (Q, CODES[:, :, :48], CODES[:, :, :48], SCALES[:, :, :48], SCALES[:, :, :48], NO_SLOTS, AT),
-        (Q, KEYS, VALUES[:1], NONE, NONE, NO_SLOTS, AT),  # values of another shape
-        (Q, VALUES, KEYS, NONE, NONE, NO_SLOTS, AT),  # taken for each other
-        (Q, CODES, CODES, NONE, NONE, NO_SLOTS, AT),  # codes without scales
-        (Q, CODES, CODES, SCALES, NONE, NO_SLOTS, AT),
-        (Q, CODES, CODES, SCALES[:, :, :32], SCALES[:, :, :32], NO_SLOTS, AT),
-        (Q, KEYS, VALUES, SCALES, SCALES, NO_SLOTS, AT),  # scales without codes
-        (Q, KEYS, CODES, NONE, NONE, NO_SLOTS, AT),
-        (Q, KEYS, VALUES, NONE, NONE, AT[0, :1], AT),  # fewer slots than rows
-        (Q, KEYS, VALUES, NONE, NONE, NO_SLOTS, AT[:1]),  # fewer positions than queries
-        (Q, KEYS, VALUES, NONE, NONE, NO_SLOTS, AT[:, :2]),
+        (Q, KEYS[:, :, :, :8], VALUES[..., :16], NONE, NONE, NONE, NO_SLOTS, AT),  # head dim
+        (Q, KEYS[:, :, :, :12], VALUES[..., :24], NONE, NONE, NONE, NO_SLOTS, AT),  # no whole vectors
+        (
+            Q,
+            ones(2, 3, 1, 16, 64, dtype=PAIRS),
+            ones(2, 3, 1, 32, 32, dtype=PAIRS),
+            NONE,
+            NONE,
+            NONE,
+            NO_SLOTS,
+            AT,
+        ),
+        (Q, KEYS[..., :48], VALUES[:, :, :, :24], NONE, NONE, NONE, NO_SLOTS, AT),  # no whole blocks
+        (Q, CODES[:, :, :48], CODES[:, :, :48], SCALES[:, :, :48], SCALES[:, :, :48], NONE, NO_SLOTS, AT),
+        (Q, KEYS, VALUES[:1], NONE, NONE, NONE, NO_SLOTS, AT),  # values of another shape
+        (Q, VALUES, KEYS, NONE, NONE, NONE, NO_SLOTS, AT),  # taken for each other
+        (Q, CODES, CODES, NONE, NONE, NONE, NO_SLOTS, AT),  # codes without scales
+        (Q, CODES, CODES, SCALES, NONE, NONE, NO_SLOTS, AT),
+        (Q, CODES, CODES, SCALES[:, :, :32], SCALES[:, :, :32], NONE, NO_SLOTS, AT),
+        (Q, KEYS, VALUES, SCALES, SCALES, NONE, NO_SLOTS, AT),  # scales without codes
+        (Q, KEYS, CODES, NONE, NONE, NONE, NO_SLOTS, AT),
+        (Q, KEYS, VALUES, NONE, NONE, NONE, AT[0, :1], AT),  # fewer slots than rows
+        (Q, KEYS, VALUES, NONE, NONE, NONE, NO_SLOTS, AT[:1]),  # fewer positions than queries
+        (Q, KEYS, VALUES, NONE, NONE, NONE, NO_SLOTS, AT[:, :2]),
+        (Q, KEYS, VALUES, NONE, NONE, ones(3), NO_SLOTS, AT),  # fewer sinks than heads
     ],
 )
 def test_a_cache_that_does_not_fit_raises(arguments: tuple[jax.Array, ...]):
@@ -165,7 +175,8 @@ def test_a_cache_that_does_not_fit_raises(arguments: tuple[jax.Array, ...]):
 
 
 def test_the_call_that_fits_does_not_raise():
-    call("realm_attention", Q.shape, Q, KEYS, VALUES, NONE, NONE, NO_SLOTS, AT, **HOW)
+    call("realm_attention", Q.shape, Q, KEYS, VALUES, NONE, NONE, NONE, NO_SLOTS, AT, **HOW)
+    call("realm_attention", Q.shape, Q, KEYS, VALUES, NONE, NONE, ones(4), NO_SLOTS, AT, **HOW)
     call("realm_matmul_bf16", (2, 8), ones(2, 64), ones(8, 64, dtype=BF16))
 
 
@@ -211,7 +222,7 @@ def test_heads_that_do_not_fit_the_cache_raise(
         out = jax.ShapeDtypeStruct((2, 3, max(heads.shape[2] - 4, 0), heads.shape[3]), jnp.float32)
         aliases = {5 + i: 1 + i for i in range(len(cache))}
         extend = jax.ffi.ffi_call("realm_extend", [out, *kept], input_output_aliases=aliases)
-        none = [NONE] * (4 - len(cache))
+        none = [NONE] * (5 - len(cache))  # no scales, no sinks
         places = slots, positions
         jax.block_until_ready(extend(heads, turns, turns, *places, *cache, *none, interleaved=False, **HOW))
 
@@ -223,7 +234,7 @@ def test_a_cache_that_is_not_written_in_place_raises():
         places = NO_SLOTS, AT
         turns = TURNS, TURNS
         jax.block_until_ready(
-            call(HEADS, *turns, *places, KEYS, VALUES, NONE, NONE, interleaved=False, **HOW)
+            call(HEADS, *turns, *places, KEYS, VALUES, NONE, NONE, NONE, interleaved=False, **HOW)
         )
 
 

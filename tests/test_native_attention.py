@@ -36,6 +36,7 @@ class Case:
     scale: float
     softcap: float | None = None
     window: int | None = None
+    sinks: np.ndarray | None = None  # [N]
 
     @property
     def numbers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -57,8 +58,9 @@ def attend(case: Case) -> np.ndarray:
     k, v = (case.k, case.v) if case.scales else (paired_keys(case.k), paired_values(case.v))
     arrays = (case.q, k, v, k_scale, v_scale, case.slots, case.positions)
     given: list[Any] = [None if x is None else jnp.asarray(x) for x in arrays]
-    how = {"scale": case.scale, "softcap": case.softcap, "window": case.window}
-    return np.asarray(calls.attention(*given, **how))
+    sinks = None if case.sinks is None else jnp.asarray(case.sinks)
+    how: dict[str, Any] = {"scale": case.scale, "softcap": case.softcap, "window": case.window}
+    return np.asarray(calls.attention(*given, **how, sinks=sinks))
 
 
 def exact(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -74,10 +76,11 @@ def exact(case: Case) -> tuple[np.ndarray, np.ndarray]:
         (distance >= 0) & (distance < (case.window or IDLE)) & (case.positions[:, None, :, None] < k.shape[2])
     )
     scores = np.where(sees, scores, -np.inf)
-    weights = np.where(
-        sees, np.exp(scores - np.where(sees, scores, 0).max(-1, initial=-1e9, keepdims=True)), 0
-    )
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    sinks = np.full(q.shape[2], -1e9) if case.sinks is None else case.sinks.astype(np.float64)
+    sinks = sinks[None, :, None, None]
+    best = np.maximum(np.where(sees, scores, -1e9).max(-1, keepdims=True), sinks)
+    weights = np.where(sees, np.exp(scores - best), 0)
+    weights /= np.maximum(weights.sum(-1, keepdims=True) + np.exp(sinks - best) * (sinks > -1e9), 1e-300)
     return tuple(np.einsum("bntc,bnch->btnh", weights, x, optimize=True) for x in (v, np.abs(v)))  # pyright: ignore[reportReturnType]
 
 
@@ -131,15 +134,20 @@ how = {
     st.sampled_from([1, 3, 8]),
     st.sampled_from([8, 16, 24, 64, 80, 96, 128, 256]),
     st.sampled_from([64, 128, 320]),
+    st.booleans(),
     st.fixed_dictionaries(how),
     st.sampled_from(instruction_sets()),
     st.integers(0, 2**32 - 1),
 )
 def test_attention_is_softmax_over_what_is_seen(
-    B: int, T: int, group: int, H: int, C: int, how: dict[str, Any], name: str, seed: int
+    B: int, T: int, group: int, H: int, C: int, has_sinks: bool, how: dict[str, Any], name: str, seed: int
 ):
+    rng = np.random.default_rng(seed)
+    case = random_case(rng, B, T, group, H, C, **how)
+    if has_sinks:  # some above every score, some far below
+        case = replace(case, sinks=5 * normal(rng, case.q.shape[2]))
     with using(name):
-        assert_right(random_case(np.random.default_rng(seed), B, T, group, H, C, **how))
+        assert_right(case)
 
 
 @settings(deadline=None, max_examples=20)

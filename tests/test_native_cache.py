@@ -209,7 +209,8 @@ def test_extending_is_turning_writing_and_attending(
         jnp.asarray(np.full(B, rng.integers(0, B + 2), np.int32)) if has_slots else None,
         jnp.asarray((starts + np.arange(T)).astype(np.int32)),
     )
-    options = {"scale": 0.2, "window": how[0], "softcap": how[1]}
+    sinks = jnp.asarray(normal(rng, N)) if rng.integers(2) else None
+    options = {"scale": 0.2, "window": how[0], "softcap": how[1], "sinks": sinks}
     found: Any = cache.extend(*given, **options)
     wanted = Stepwise.extend(cache, *given, **options)
     assert type(found[1]) is cache_kind[1]

@@ -224,7 +224,7 @@ inline void open_item(const Attention& a, const Workspace& w, int64_t b, int64_t
   for (int64_t m = 0; m < queries; m++) {
     const int64_t t = t0 + m / group, n = k * group + m % group, at = a.positions[b * a.T + t];
     w.positions[m] = at < 0 || at >= a.C ? -1 : static_cast<int32_t>(at);
-    w.best[m] = HIDDEN, w.total[m] = 0;
+    w.best[m] = a.sinks == nullptr ? HIDDEN : a.sinks[n], w.total[m] = a.sinks == nullptr ? 0 : 1;
     std::memset(w.out + m * w.width, 0, static_cast<size_t>(w.width) * 4);
     if (w.positions[m] < 0) continue;
     const int64_t start = a.window == 0 || at < a.window ? 0 : (at - a.window + 1) / SPAN;

@@ -123,16 +123,16 @@ def attention(
     scale: float,
     softcap: float | None,
     window: int | None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """As `kernels.attention`, of int8 codes or of bf16 in pairs, as the dot instruction takes them.
 
     A pair of keys is two neighbours of a head, one of values two positions; the first in the lower bits.
     """
-    none = jnp.zeros(0, jnp.float32)
     call = jax.ffi.ffi_call("realm_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
-    scales = (none if k_scale is None else k_scale, none if v_scale is None else v_scale)
+    numbers = [_or_none(each, jnp.float32) for each in (k_scale, v_scale, sinks)]
     how = _scoring(scale, softcap, window)
-    return call(q, k, v, *scales, _or_none(slots), positions, **how)  # pyright: ignore[reportReturnType]
+    return call(q, k, v, *numbers, _or_none(slots), positions, **how)  # pyright: ignore[reportReturnType]
 
 
 def write_cache(
@@ -174,6 +174,7 @@ def extend(
     scale: float,
     softcap: float | None,
     window: int | None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], tuple[Array, ...]]:
     """What `rotate`, `write_cache` and `attention` give of N queries, K keys and K values, in one call.
 
@@ -187,10 +188,10 @@ def extend(
         [jax.ShapeDtypeStruct(*each) for each in zip(shapes, types, strict=True)],
         input_output_aliases={5 + i: 1 + i for i in range(len(cache))},
     )
-    none = [jnp.zeros(0, jnp.float32)] * (4 - len(cache))
+    numbers = [_or_none(each, jnp.float32) for each in (*[None] * (4 - len(cache)), sinks)]
     how = _scoring(scale, softcap, window)
     out, *written = call(
-        heads, cos, sin, _or_none(slots), positions, *cache, *none, interleaved=interleaved, **how
+        heads, cos, sin, _or_none(slots), positions, *cache, *numbers, interleaved=interleaved, **how
     )
     return out, tuple(written)
 
@@ -230,5 +231,5 @@ def add_low_rank(
     return changed.reshape(y.shape)  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
 
-def _or_none(slots: Array | None) -> Array:
-    return jnp.zeros(0, jnp.int32) if slots is None else slots
+def _or_none(array: Array | None, dtype: Any = jnp.int32) -> Array:
+    return jnp.zeros(0, dtype) if array is None else array

@@ -59,8 +59,11 @@ struct Places {
 
 // How scores are made.
 struct Scoring {
+  ffi::Buffer<ffi::F32> sinks;
   float scale, softcap;
   int64_t window;
+
+  bool fits(int64_t N) const { return is_empty(sinks) || has_shape(sinks, {N}); }
 };
 
 ffi::Error failed(const char* operation, const char* what) {
@@ -76,6 +79,7 @@ void attend_to(ffi::ThreadPool& pool, const float* q, int64_t B, int64_t T, int6
   a.q = q, a.k = cache.k.untyped_data(), a.v = cache.v.untyped_data();
   a.k_scale = cache.k_scales(), a.v_scale = cache.v_scales();
   a.slots = places.slots_or_null(), a.positions = places.positions.typed_data(), a.out = out;
+  a.sinks = is_empty(how.sinks) ? nullptr : how.sinks.typed_data();
   a.scale = how.scale, a.softcap = how.softcap, a.window = how.window;
   a.tokens = std::clamp<int64_t>(T, 1, 16);
   const int64_t items = B * a.K * ((T + a.tokens - 1) / a.tokens);
@@ -83,18 +87,19 @@ void attend_to(ffi::ThreadPool& pool, const float* q, int64_t B, int64_t T, int6
 }
 
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::F32> k_scale,
-                  ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> positions,
-                  ffi::ResultBuffer<ffi::F32> out, float scale, float softcap, int64_t window) {
+                  ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::S32> slots,
+                  ffi::Buffer<ffi::S32> positions, ffi::ResultBuffer<ffi::F32> out, float scale, float softcap, int64_t window) {
   const Cache cache{k, v, k_scale, v_scale};
   const Places places{slots, positions};
+  const Scoring how{sinks, scale, softcap, window};
   CacheShape kept;
   if (const char* what = cache.read(&kept)) return failed("realm_attention", what);
   auto shape = q.dimensions();
   if (shape.size() != 4 || shape[3] != kept.H || shape[2] % kept.K != 0 || !has_shape(*out, {shape[0], shape[1], shape[2], shape[3]}))
     return invalid("realm_attention: heads do not fit the cache");
   if (!places.fit(shape[0], shape[1], kept.S)) return invalid("realm_attention: positions or slots do not fit the queries");
-  attend_to(pool, q.typed_data(), shape[0], shape[1], shape[2], shape[2] * shape[3], cache, kept, places, {scale, softcap, window},
-            out->typed_data());
+  if (!how.fits(shape[2])) return invalid("realm_attention: sinks do not fit the queries");
+  attend_to(pool, q.typed_data(), shape[0], shape[1], shape[2], shape[2] * shape[3], cache, kept, places, how, out->typed_data());
   return ffi::Error::Success();
 }
 
@@ -145,10 +150,12 @@ bool is_in_place(const Cache& cache, ffi::RemainingRets& written) {
 // attended to. One call and not seven: at one token a sequence, what lies between calls takes as long as they.
 ffi::Error extend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
                   ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> positions, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                  ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale, ffi::ResultBuffer<ffi::F32> out,
-                  ffi::RemainingRets written, bool interleaved, float scale, float softcap, int64_t window) {
+                  ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::F32> sinks,
+                  ffi::ResultBuffer<ffi::F32> out, ffi::RemainingRets written, bool interleaved, float scale, float softcap,
+                  int64_t window) {
   const Cache cache{k, v, k_scale, v_scale};
   const Places places{slots, positions};
+  const Scoring how{sinks, scale, softcap, window};
   CacheShape kept;
   if (const char* what = cache.read(&kept)) return failed("realm_extend", what);
   if (!is_in_place(cache, written)) return invalid("realm_extend: the cache is not written in place");
@@ -158,6 +165,7 @@ ffi::Error extend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi::Buffer
     return invalid("realm_extend: heads do not fit the cache");
   const int64_t B = shape[0], T = shape[1], N = shape[2] - 2 * K, tokens = B * T;
   if (!places.fit(B, T, kept.S)) return invalid("realm_extend: positions or slots do not fit the heads");
+  if (!how.fits(N)) return invalid("realm_extend: sinks do not fit the heads");
   const int64_t pairs = cos.dimensions().size() == 3 ? cos.dimensions()[2] : 0;
   if (2 * pairs > H || !has_shape(cos, {B, T, pairs}) || !has_shape(sin, {B, T, pairs}))
     return invalid("realm_extend: the turns do not fit the heads");
@@ -173,7 +181,7 @@ ffi::Error extend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi::Buffer
     kernels->write(keys, first, last);
     kernels->write(values, first, last);
   });
-  attend_to(pool, turned, B, T, N, turned_stride, cache, kept, places, {scale, softcap, window}, out->typed_data());
+  attend_to(pool, turned, B, T, N, turned_stride, cache, kept, places, how, out->typed_data());
   return ffi::Error::Success();
 }
 
@@ -188,6 +196,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_attention, realm::attend,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
@@ -228,6 +237,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_extend, realm::extend,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()

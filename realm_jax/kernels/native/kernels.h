@@ -85,6 +85,7 @@ struct Attention {
   const void* v;
   const float* k_scale;      // [S, K, C] or null
   const float* v_scale;
+  const float* sinks;        // [N] scores that join the softmax without a value, or null
   const int32_t* slots;      // [B] or null: row b is slot b
   const int32_t* positions;  // [B, T]; at or past C: idle
   float* out;                // [B, T, N, H]
