@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
-from realm_jax.quantization.mixes import FileType
+from realm_jax.quantization.file_types import FileType
 
 FLOATS = ctypes.POINTER(ctypes.c_float)
 

@@ -139,6 +139,7 @@ WITHIN_A_FLOOR = {
     ("sequence_cache", "kernels"),
     ("research", "llm"),
     ("delta_rule", "kernels"),
+    ("convert", "quantization"),
     ("recurrent_cache", "delta_rule"),
     ("cache", "recurrent_cache"),
     ("serving.transcript", "serving.request"),

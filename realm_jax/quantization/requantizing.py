@@ -15,10 +15,10 @@ from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.quant import FORMATS, BlockFormat, dequantize
 from realm_jax.quant.encoding import CHUNK, encode
+from realm_jax.quantization.file_types import FileType, fitting
 from realm_jax.quantization.importance import ImportanceMatrix
-from realm_jax.quantization.mixes import Facts, FileType, Mix, fitting
+from realm_jax.quantization.mixes import Facts, Mix
 
-QUANTIZATION_VERSION = 2
 AHEAD = 8
 """Chunks a thread that are encoded before they are written."""
 
@@ -120,11 +120,9 @@ class Quantization:
 
     def _metadata(self) -> dict[str, bytes]:
         """The file's, byte for byte; the result is in one part, and says its new type."""
-        raw = writer.raw_metadata(self.file.split_paths[0])
-        kept = {key: value for key, value in raw.items() if not key.startswith("split.")}
-        kept["general.file_type"] = writer.count_value(self.file_type.number)
-        kept["general.quantization_version"] = writer.count_value(QUANTIZATION_VERSION)
-        return kept | (self.importance.metadata() if self.importance is not None else {})
+        kept = writer.unsplit_metadata(self.file.split_paths[0])
+        seen = {} if self.importance is None else self.importance.metadata()
+        return kept | self.file_type.metadata() | seen
 
     def _chunks(self, info: TensorInfo, pool: ThreadPoolExecutor, ahead: int) -> Iterator[writer.Chunk]:
         """The tensor's new bytes, some rows at a time."""

@@ -4,48 +4,32 @@ No more than a few million values are in memory at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Literal
 
-import ml_dtypes
-import numpy as np
-
-from realm_jax.errors import ModelFileError
-from realm_jax.ggml import BLOCK_SIZES, GGMLType
+from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.lora.adapter import Adapter
 from realm_jax.lora.fold import fold
 from realm_jax.quant import dequantize
-from realm_jax.quant.int8 import quantize_q8_0
-from realm_jax.quant.legacy import quantize_q4_0
+from realm_jax.quant.encoding import encoded
+from realm_jax.quantization.file_types import PLAIN, QUANTIZATION_VERSION, pure, pure_type
 
-TypeName = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 VALUES = 1 << 22  # that are expanded at a time
-PLAIN = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
-# llama.cpp's numbers of types that most tensors have
-FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
-ENCODERS: dict[GGMLType, Callable[[np.ndarray], np.ndarray]] = {
-    GGMLType.F32: lambda values: values.astype("<f4", copy=False),
-    GGMLType.F16: lambda values: values.astype("<f2"),
-    GGMLType.BF16: lambda values: values.astype(ml_dtypes.bfloat16),
-    GGMLType.Q8_0: quantize_q8_0,
-    GGMLType.Q4_0: quantize_q4_0,
-}
 
 
 @dataclass(frozen=True)
 class Merge:
     """What is folded into which model, and how the result is stored.
 
-    kind: the type of all matrices; those whose rows are no multiple of a block, and routers, take F16. None =
-      tensors stay as they are, bit for bit, and changed ones that were quantized take F16.
+    kind: the type of matrices, as of a pure `Quantization`; one that has it already and does not change stays
+      as it is, bit for bit. None = so do all that do not change; others that were quantized take F16.
     """
 
     file: GGUFFile
     adapters: Sequence[tuple[Adapter, float]]
-    kind: TypeName | None = None
+    kind: GGMLType | None = None
 
     def write(self, path: Path, progress: Callable[[str], None] | None = None) -> None:
         """`path` holds the merged model, with the base's metadata. Raises ModelFileError if it cannot."""
@@ -64,27 +48,21 @@ class Merge:
 
     def _metadata(self, plans: Sequence[writer.TensorPlan]) -> dict[str, bytes]:
         """The base's, byte for byte; the file is in one part, and says its new type."""
-        raw = writer.raw_metadata(self.file.split_paths[0])
-        kept = {key: value for key, value in raw.items() if not key.startswith("split.")}
+        kept = writer.unsplit_metadata(self.file.split_paths[0])
         if self.kind is not None:
-            kept["general.file_type"] = writer.count_value(FILE_TYPES[self.kind])
+            return kept | pure(self.kind).metadata()
         if any(plan.ggml_type not in PLAIN for plan in plans):
-            kept.setdefault("general.quantization_version", writer.count_value(2))
+            kept.setdefault("general.quantization_version", writer.count_value(QUANTIZATION_VERSION))
         return kept
 
     def _changes(self, info: TensorInfo) -> bool:
         return any(scale and adapter.changes(info.name) for adapter, scale in self.adapters)
 
     def _type_of(self, info: TensorInfo) -> GGMLType:
-        inputs = info.shape[-1]
-        is_matrix = len(info.shape) > 1 and info.name.endswith(".weight")
-        if self.kind is None:
-            return info.ggml_type if info.ggml_type in PLAIN or not self._changes(info) else GGMLType.F16
-        if not is_matrix:
-            return GGMLType.F32 if self._changes(info) else info.ggml_type
-        wanted = GGMLType[self.kind.upper()]
-        is_router = info.name.endswith("ffn_gate_inp.weight") and wanted not in PLAIN
-        return GGMLType.F16 if is_router or inputs % BLOCK_SIZES[wanted].elements else wanted
+        has_changed = self._changes(info)
+        if self.kind is not None:
+            return pure_type(replace(info, ggml_type=GGMLType.F32) if has_changed else info, self.kind)
+        return GGMLType.F16 if has_changed and info.ggml_type not in PLAIN else info.ggml_type
 
     def _chunks(self, info: TensorInfo, kind: GGMLType) -> Iterator[writer.Chunk]:
         """The tensor's new bytes, some rows at a time."""
@@ -100,15 +78,5 @@ class Merge:
             shape = (count, inputs) if outer else info.shape  # a vector is one piece
             each = info.nbytes // rows
             values = dequantize(data[first * each :][: count * each], info.ggml_type, shape)
-            yield self._encoded(info.name, fold(values, info.name, self.adapters, first), kind)
-
-    def _encoded(self, name: str, values: np.ndarray, kind: GGMLType) -> bytes:
-        with np.errstate(over="ignore"):
-            encoded = ENCODERS[kind](values)
-        if kind in PLAIN and not np.isfinite(encoded.astype(np.float32)).all():
-            largest = float(np.abs(values).max())
-            raise ModelFileError(
-                f"{self.file.path.name}: {name} has values up to {largest:g}, which {kind.name} cannot hold "
-                "(give --type bf16 or f32)"
-            )
-        return encoded.tobytes()
+            folded = fold(values, info.name, self.adapters, first)
+            yield encoded(f"{self.file.path.name}: {info.name}", folded, kind)
