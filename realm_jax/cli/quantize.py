@@ -28,8 +28,8 @@ def quantize(
         str,
         typer.Argument(
             help="F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q2_K_S, Q3_K_S, Q3_K_M, Q3_K_L, "
-            "Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K, IQ4_NL, MXFP4 (every matrix) or MXFP4_MOE (experts; the "
-            "rest Q8_0). Q3_K, Q4_K and Q5_K stand for the _M mixes.",
+            "Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K, IQ4_NL, MXFP4 (every matrix but the head) or MXFP4_MOE "
+            "(experts; the rest Q8_0). Q3_K, Q4_K and Q5_K stand for the _M mixes.",
             metavar="TYPE",
         ),
     ],
