@@ -14,7 +14,7 @@ from realm_jax.errors import ModelFileError, RequestError, UnsupportedError
 from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.quant import dequantize
-from realm_jax.quant.encoding import encoded
+from realm_jax.quant.encoding import tensor_bytes
 from realm_jax.quantization.file_types import fitting, pure
 from realm_jax.weights import Params
 
@@ -102,7 +102,7 @@ class Draft:
             raise ModelFileError(
                 f"{plan.name}: trained values are {list(values.shape)}, not {list(plan.shape)}"
             )
-        return encoded(plan.name, values, plan.ggml_type)
+        return tensor_bytes(plan.name, values, plan.ggml_type)
 
     def _metadata(self) -> dict[str, bytes]:
         """The model's, byte for byte, but for what says how large it is."""

@@ -17,7 +17,7 @@ from realm_jax.gguf.writer import Chunk, TensorPlan
 from realm_jax.lora.adapter import Base
 from realm_jax.lora.fitting import refuse, shown
 from realm_jax.lora.modules import EMBEDDING, HEAD, NORM, Layout, Rows
-from realm_jax.quant.encoding import encoded
+from realm_jax.quant.encoding import tensor_bytes
 from realm_jax.quantization.file_types import pure_type
 
 VALUES = 1 << 22  # that are expanded at a time
@@ -55,7 +55,7 @@ class Planned:
         """The tensor's bytes. Raises ModelFileError for a value that its type cannot hold."""
         pieces = [self.source] if isinstance(self.source, np.ndarray) else self.source.values()
         for values in pieces:
-            yield encoded(self.plan.name, values, self.plan.ggml_type)
+            yield tensor_bytes(self.plan.name, values, self.plan.ggml_type)
 
 
 def plan(

@@ -3,7 +3,7 @@
 No more than a few million values are in memory at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -13,8 +13,9 @@ from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.lora.adapter import Adapter
 from realm_jax.lora.fold import fold
 from realm_jax.quant import dequantize
-from realm_jax.quant.encoding import encoded
+from realm_jax.quant.encoding import tensor_bytes
 from realm_jax.quantization.file_types import PLAIN, QUANTIZATION_VERSION, pure, pure_type
+from realm_jax.quantization.rewriting import Progress, rewrite
 
 VALUES = 1 << 22  # that are expanded at a time
 
@@ -31,27 +32,17 @@ class Merge:
     adapters: Sequence[tuple[Adapter, float]]
     kind: GGMLType | None = None
 
-    def write(self, path: Path, progress: Callable[[str], None] | None = None) -> None:
+    def write(self, path: Path, progress: Progress | None = None) -> None:
         """`path` holds the merged model, with the base's metadata. Raises ModelFileError if it cannot."""
-        infos = list(self.file.tensors.values())
-        plans = [writer.TensorPlan(info.name, info.shape, self._type_of(info)) for info in infos]
+        types = {info.name: self._type_of(info) for info in self.file.tensors.values()}
+        rewrite(self.file, path, self._metadata(types.values()), types, self._chunks, progress)
 
-        def tensors() -> Iterator[Iterator[writer.Chunk]]:
-            for info, plan in zip(infos, plans, strict=True):
-                if progress is not None:
-                    progress(info.name)
-                yield self._chunks(info, plan.ggml_type)
-                self.file.release(info.name)
-
-        alignment = self.file.metadata.get("general.alignment", 32)
-        writer.write(path, self._metadata(plans), plans, tensors(), alignment=alignment)
-
-    def _metadata(self, plans: Sequence[writer.TensorPlan]) -> dict[str, bytes]:
+    def _metadata(self, types: Iterable[GGMLType]) -> dict[str, bytes]:
         """The base's, byte for byte; the file is in one part, and says its new type."""
         kept = writer.unsplit_metadata(self.file.split_paths[0])
         if self.kind is not None:
             return kept | pure(self.kind).metadata()
-        if any(plan.ggml_type not in PLAIN for plan in plans):
+        if any(kind not in PLAIN for kind in types):
             kept.setdefault("general.quantization_version", writer.count_value(QUANTIZATION_VERSION))
         return kept
 
@@ -79,4 +70,4 @@ class Merge:
             each = info.nbytes // rows
             values = dequantize(data[first * each :][: count * each], info.ggml_type, shape)
             folded = fold(values, info.name, self.adapters, first)
-            yield encoded(f"{self.file.path.name}: {info.name}", folded, kind)
+            yield tensor_bytes(f"{self.file.path.name}: {info.name}", folded, kind)

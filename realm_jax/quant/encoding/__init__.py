@@ -68,10 +68,10 @@ def encode(
     return encoded
 
 
-def encoded(name: str, values: Float32[np.ndarray, "*shape"], ggml_type: GGMLType) -> bytes:
-    """The values' bytes in this type, made by all processors; rows are multiples of its blocks.
+def tensor_bytes(name: str, values: Float32[np.ndarray, "*shape"], ggml_type: GGMLType) -> bytes:
+    """The tensor's bytes in this type, of which its rows are whole blocks; all processors compute.
 
-    Raises ModelFileError as `encode`, with the name before it.
+    Raises ModelFileError as `encode`, with the name before what is wrong.
     """
     block = BLOCK_SIZES[ggml_type]
     blocks = values.reshape(-1, block.elements)
