@@ -106,14 +106,14 @@ def run(
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
     edits = {name: as_tree(function) for name, function in (edit or {}).items()}
-    names = tuple(capture) if not isinstance(capture, str) else capture
-    found = _compiled(llm.transformer, llm.model.params, tokens, names, edits)
+    captured = capture if isinstance(capture, str) else tuple(capture)  # a text is refused, by its name
+    found = _compiled(llm.transformer, llm.model.params, tokens, captured, edits)
     return found.replace(lengths=jnp.asarray(lengths))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _compiled(
-    model: Transformer, params: Params, tokens: Array, capture: tuple[str, ...], edit: dict[str, Any]
+    model: Transformer, params: Params, tokens: Array, capture: Sequence[str], edit: dict[str, Any]
 ) -> Forward:
     return forward(model, params, tokens, capture=capture, edit=edit)
 
