@@ -40,7 +40,7 @@ FLOORS = {
         "processors",
     }
     | {"tokenizer", "grammars", "chat", "tools", "gguf", "metadata", "hub", "runtime", "programs"},
-    2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
+    2: {"model", "layers", "prompts", "weights", "banks", "projections", "architectures", "parallel"},
     3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring", "convert", "quantization"}
     | {"slot_copies"}
     | {

@@ -15,9 +15,10 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from realm_jax.errors import RequestError, UnsupportedError
-from realm_jax.llm import LLM, Prompt, as_batch
+from realm_jax.llm import LLM
 from realm_jax.model import Transformer, hidden_states, next_token_logits
 from realm_jax.parallel import ShardedTransformer
+from realm_jax.prompts import Prompt, as_batch
 from realm_jax.research.observed import observed
 from realm_jax.research.probe import Probe, as_tree
 from realm_jax.sequence_cache import SequenceCache
