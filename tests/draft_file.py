@@ -15,7 +15,7 @@ from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.quant import dequantize
 from realm_jax.quant.encoding import tensor_bytes
-from realm_jax.quantization.file_types import fitting, pure
+from realm_jax.quantization.file_types import file_type_of, fitting
 from realm_jax.weights import Params
 
 LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -112,7 +112,7 @@ class Draft:
         name = facts.get("general.name", self.file.path.stem)
         kept["general.name"] = writer.text_value(f"{name}: draft of {count} layers")
         kept[f"{facts['general.architecture']}.block_count"] = writer.count_value(count)
-        return kept | pure(self.kind).metadata()
+        return kept | file_type_of(self.kind).metadata()
 
 
 def tensors(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from realm_jax.chat import ChatTemplate
 from realm_jax.convert import hf, tensors
 from realm_jax.ggml import GGMLType
 from realm_jax.quant.int8 import quantize_q8_0
-from realm_jax.quantization.file_types import pure
+from realm_jax.quantization.file_types import file_type_of
 from realm_jax.quantization.requantizing import Quantization
 from realm_jax.tokenizer import Tokenizer
 
@@ -179,7 +179,7 @@ def test_a_type_is_what_quantize_makes_of_the_converted_model(tmp_path: Path):
         made, later = tmp_path / f"{kind.name}.gguf", tmp_path / "later.gguf"
         hf.read(folder, kind).write(made)
         with gguf.open(converted) as file:
-            Quantization(file, pure(kind), pure=True).write(later)
+            Quantization(file, file_type_of(kind), pure=True).write(later)
         assert made.read_bytes() == later.read_bytes(), kind.name
     assert len({path.stat().st_size for path in tmp_path.glob("*.gguf")}) == 5
 

@@ -21,7 +21,7 @@ from realm_jax.lora.fold import fold
 from realm_jax.quant import dequantize
 from realm_jax.quant.encoding import ENCODERS, encode
 from realm_jax.quantization import merging
-from realm_jax.quantization.file_types import pure
+from realm_jax.quantization.file_types import file_type_of
 from realm_jax.quantization.merging import Merge
 from realm_jax.quantization.requantizing import Quantization
 
@@ -157,7 +157,7 @@ def test_a_type_is_what_quantize_makes_of_the_merged_model(
     with gguf.open(base) as file:
         Merge(file, wide_adapters(), kind).write(made)
     with gguf.open(merged) as file:
-        Quantization(file, pure(kind), pure=True).write(later)
+        Quantization(file, file_type_of(kind), pure=True).write(later)
     assert made.read_bytes() == later.read_bytes()
     with gguf.open(made) as file:
         assert file.tensors[Q].ggml_type is kind

@@ -16,7 +16,7 @@ from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.quant import dequantize
 from realm_jax.quant.encoding import ENCODERS, encode
-from realm_jax.quantization.file_types import FILE_TYPES, FileType, fitting, pure
+from realm_jax.quantization.file_types import FILE_TYPES, FileType, file_type_of, fitting
 from realm_jax.quantization.importance import ImportanceMatrix
 from realm_jax.quantization.mixes import Facts, Mix
 from realm_jax.quantization.requantizing import Quantization
@@ -179,9 +179,9 @@ def test_options_say_types(model: Path, tmp_path: Path):
 
 def test_every_type_has_a_name_for_flags():
     assert NAMES.split(", ") == [kind.name for kind in ENCODERS]
-    assert {pure(kind).kind for kind in ENCODERS} == set(ENCODERS)
+    assert {file_type_of(kind).kind for kind in ENCODERS} == set(ENCODERS)
     with pytest.raises(UnsupportedError, match=r"cannot be written as IQ1_S; there are F32, F16"):
-        pure(GGMLType.IQ1_S)
+        file_type_of(GGMLType.IQ1_S)
 
 
 def test_what_stands_in_is_said(fixtures: Path, tmp_path: Path):

@@ -21,7 +21,7 @@ from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.lora.fitting import shown
 from realm_jax.lora.modules import EMBEDDING
-from realm_jax.quantization.file_types import QUANTIZATION_VERSION, pure
+from realm_jax.quantization.file_types import QUANTIZATION_VERSION, file_type_of
 from realm_jax.tokenizer import Tokenizer
 
 KIND_OF = {"BF16": GGMLType.BF16, "F16": GGMLType.F16, "F32": GGMLType.F32, "F64": GGMLType.F32}
@@ -68,7 +68,7 @@ def read(path: Path, kind: GGMLType | None = None) -> Conversion:
         "general.architecture": family.architecture,
         "general.type": "model",
         "general.name": _name(path, tokenizer),
-        "general.file_type": pure(kind).number,
+        "general.file_type": file_type_of(kind).number,
         "general.quantization_version": QUANTIZATION_VERSION,
         **agreement.hints(folder.generation),
         **facts.keys,

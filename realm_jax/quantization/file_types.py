@@ -22,7 +22,7 @@ class FileType:
     name: str
     number: int
     kind: GGMLType
-    is_pure: bool = False  # all matrices but the head
+    is_uniform: bool = False  # all matrices but the head are of it
 
     def metadata(self) -> dict[str, bytes]:
         """What a file of this type says of it."""
@@ -55,7 +55,7 @@ FILE_TYPES = {
         FileType("Q6_K", 18, T.Q6_K),
         FileType("IQ4_NL", 25, T.IQ4_NL),
         FileType("MXFP4_MOE", 38, T.MXFP4),
-        FileType("MXFP4", 38, T.MXFP4, is_pure=True),
+        FileType("MXFP4", 38, T.MXFP4, is_uniform=True),
     )
 }
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
@@ -75,7 +75,7 @@ KEPT = (
 INTEGERS = (T.I8, T.I16, T.I32, T.I64)  # tables, not weights
 
 
-def pure(kind: GGMLType) -> FileType:
+def file_type_of(kind: GGMLType) -> FileType:
     """The type of a file whose matrices are all of this one.
 
     Raises UnsupportedError that names those that can be written.

@@ -14,7 +14,7 @@ from realm_jax.lora.adapter import Adapter
 from realm_jax.lora.fold import fold
 from realm_jax.quant import dequantize
 from realm_jax.quant.encoding import tensor_bytes
-from realm_jax.quantization.file_types import PLAIN, QUANTIZATION_VERSION, pure, pure_type
+from realm_jax.quantization.file_types import PLAIN, QUANTIZATION_VERSION, file_type_of, pure_type
 from realm_jax.quantization.rewriting import Progress, rewrite
 
 VALUES = 1 << 22  # that are expanded at a time
@@ -41,7 +41,7 @@ class Merge:
         """The base's, byte for byte; the file is in one part, and says its new type."""
         kept = writer.unsplit_metadata(self.file.split_paths[0])
         if self.kind is not None:
-            return kept | pure(self.kind).metadata()
+            return kept | file_type_of(self.kind).metadata()
         if any(kind not in PLAIN for kind in types):
             kept.setdefault("general.quantization_version", writer.count_value(QUANTIZATION_VERSION))
         return kept

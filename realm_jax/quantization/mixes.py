@@ -197,7 +197,7 @@ class Mix:
             return self._head(info.shape[-1])
         if kind is T.MXFP4:
             is_expert = len(info.shape) > 2 and info.shape[-3] > 1
-            return kind if is_expert or self.file_type.is_pure else T.Q8_0
+            return kind if is_expert or self.file_type.is_uniform else T.Q8_0
         return self._by_rules(role, place)
 
     def _head(self, inputs: int) -> GGMLType:
