@@ -74,21 +74,24 @@ def read(path: Path, kind: GGMLType | None = None) -> Conversion:
         **facts.keys,
         **tokenizer.keys,
     }
-    stripping = ", ".join(shown(text) for text in tokenizer.stripping[:3])
-    kept = f"white space beside {stripping} is kept, which transformers strips: GGUF cannot say so"
     agreement.check(folder, Tokenizer.from_metadata(metadata, path.name))
     config = read_config(_Unwritten(folder, metadata))
     check_scale(fields, config)
-    lost = windows_lost(fields, config)
     planned = tensors.plan(folder, config, is_tied=facts.is_tied, kind=kind, factors=facts.ropes.tensors)
-    left_out = f"{folder.left_out} tensors of other parts than the language model are left out"
-    told = (
-        *tokenizer.notes,
-        kept if stripping and not tokenizer.names_phi3() else None,
-        lost,
-        left_out if folder.left_out else None,
-    )
-    return Conversion(config, metadata, planned, tuple(note for note in told if note))
+    notes = _notes(folder, tokenizer, windows_lost(fields, config))
+    return Conversion(config, metadata, planned, tuple(notes))
+
+
+def _notes(folder: HFFolder, tokenizer: HFTokenizer, lost: str | None) -> Iterator[str]:
+    """What the file will not say of the model. lost: of its windows."""
+    yield from tokenizer.notes
+    if tokenizer.stripping and not tokenizer.names_phi3():
+        stripping = ", ".join(shown(text) for text in tokenizer.stripping[:3])
+        yield f"white space beside {stripping} is kept, which transformers strips: GGUF cannot say so"
+    if lost is not None:
+        yield lost
+    if folder.left_out:
+        yield f"{folder.left_out} tensors of other parts than the language model are left out"
 
 
 def _name(path: Path, tokenizer: HFTokenizer) -> str:
