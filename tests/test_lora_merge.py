@@ -137,9 +137,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model of rows of 256 and of 96 values, in F32, and the same with adapters merged."""
     folder = tmp_path_factory.mktemp("wide")
     path = write_model(folder / "f32.gguf", layers=1, width=256, ffn=96, heads=2, kv_heads=1)
+    base, merged = folder / "base.gguf", folder / "merged.gguf"
     with gguf.open(path) as file:
-        Merge(file, wide_adapters(), GGMLType.F32).write(folder / "merged.gguf")
-    return path, folder / "merged.gguf"
+        Merge(file, [], GGMLType.F32).write(base)  # which says its type
+        Merge(file, wide_adapters(), GGMLType.F32).write(merged)
+    return base, merged
 
 
 def wide_adapters() -> list[tuple[Adapter, float]]:
