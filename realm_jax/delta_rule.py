@@ -13,6 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from realm_jax.kernels import row_sum
+from realm_jax.kernels.reference import product
 
 
 @struct.dataclass
@@ -40,11 +41,6 @@ class Tile:
     within: jax.Array  # [..., H, T, T]
     written: jax.Array  # [..., H, T, K] the keys, decayed to the tile's end
     decay: jax.Array  # [..., H] a of the whole tile
-
-
-def product(formula: str, a: Array, b: Array) -> Array:
-    """A sum of products in float32."""
-    return jnp.einsum(formula, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def prepare(tokens: Tokens) -> Tile:

@@ -20,6 +20,7 @@ from realm_jax.model import Transformer
 from realm_jax.params import SamplingParams
 from realm_jax.processors import UNCHANGED, EachRow, Unchanged
 from realm_jax.programs import Programs
+from realm_jax.prompts import Prompt, as_batch, prompt_ids, split
 from realm_jax.scoring import Score
 from realm_jax.serving.request import (
     Adapters,
@@ -34,7 +35,6 @@ from realm_jax.serving.request import (
 )
 from realm_jax.tools import Toolset
 
-Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
 
@@ -212,41 +212,26 @@ class LLM:
         Tokens that prompts have in common at their beginnings are computed once. Text continues text:
         the continuation is what both together have after the prompt's tokens, and a token that spans both.
         """
-        batch = as_batch(prompts)
+        batch, whole = as_batch(prompts), continuations is None
         if continuations is None:
-            pairs = [(tuple(self.prompt_ids(prompt)), []) for prompt in batch]
+            pairs = [(self.prompt_ids(prompt), []) for prompt in batch]
         elif len(continuations) != len(batch):
             raise RequestError(f"continuations has {len(continuations)} entries for {len(batch)} prompts")
         else:
-            pairs = [self._split(p, c) for p, c in zip(batch, continuations, strict=True)]
-        requests = [self._score_request(*pair, whole=continuations is None) for pair in pairs]
+            pairs = [split(self.tokenizer, *pair) for pair in zip(batch, continuations, strict=True)]
+        requests = [self._score_request(*pair, whole=whole) for pair in pairs]
         outputs: dict[str, GenerationOutput] = {}
         for delta in self._run(leaders_first(requests, self.engine.buckets.max_num_seqs)):
             if delta.output is not None:
                 outputs[delta.request_id] = delta.output
-        whole = continuations is None
         return [_score(outputs[r.id], 0 if whole else r.score_from) for r in requests]
 
-    def _score_request(self, context: tuple[int, ...], more: list[int], *, whole: bool) -> Request:
+    def _score_request(self, context: list[int], more: list[int], *, whole: bool) -> Request:
         if not context:
             raise RequestError("there is no context to score from; give at least one token before")
         params = SamplingParams(max_tokens=0, prompt_logprobs=0)
         first = 1 if whole else len(context)
         return Request(f"request-{next(self._ids)}", (*context, *more), params, seed=0, score_from=first)
-
-    def _split(self, prompt: Prompt, continuation: Prompt) -> tuple[tuple[int, ...], list[int]]:
-        """The tokens of a prompt, and those that the continuation adds."""
-        context = self.prompt_ids(prompt)
-        if isinstance(prompt, str) and isinstance(continuation, str):
-            both = self.prompt_ids(prompt + continuation)
-            shared = next(
-                (i for i, pair in enumerate(zip(context, both, strict=False)) if pair[0] != pair[1]),
-                len(context),
-            )
-            return tuple(both[:shared]), both[shared:]
-        if isinstance(continuation, str):
-            return tuple(context), self.tokenizer.encode(continuation, add_special=False, parse_special=True)
-        return tuple(context), self.prompt_ids(continuation)
 
     def _run(self, requests: Sequence[Request]) -> Iterator[TextDelta]:
         """Deltas of these requests until all have ended; leaving early aborts what is left.
@@ -285,14 +270,7 @@ class LLM:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """A prompt's tokens: text encoded with special tokens added and parsed, token ids as they are."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
-        if not isinstance(prompt, Sequence | np.ndarray):
-            raise RequestError(f"prompt is of type {type(prompt).__name__}; give text or token ids")
-        for i in prompt:
-            if isinstance(i, bool) or not isinstance(i, int | np.integer):
-                raise RequestError(f"prompt has {i!r}; token ids are whole numbers")
-        return [int(i) for i in prompt]
+        return prompt_ids(self.tokenizer, prompt)
 
 
 def _with_scale(given: str | Path | tuple[str | Path, float]) -> tuple[Path, float]:
@@ -309,20 +287,6 @@ def _score(output: GenerationOutput, start: int) -> Score:
         logprobs=[None if each is None else each["logprob"] for each in known],
         is_greedy=all(each is None or each["is_greedy"] for each in known),
     )
-
-
-def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts; a string or a list of token ids is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence | np.ndarray):
-        raise RequestError(
-            f"prompts is of type {type(prompts).__name__}; give text, token ids or a list of them"
-        )
-    batch: list[Any] = list(prompts)
-    if batch and all(isinstance(item, int | np.integer) for item in batch):
-        return [batch]
-    return batch
 
 
 __all__ = ["LLM", "FinishReason", "GenerationOutput", "SamplingParams", "Score", "TextDelta"]

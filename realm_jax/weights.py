@@ -126,17 +126,13 @@ def _numerics_of(p: Parameter, numerics: Numerics) -> Numerics:
 
 def _stored(file: TensorFile, part: Part) -> Stored:
     """The part's matrix as it lies in the file."""
-    info = file.tensors[part.tensor]
-    data = file.data(info.name)
-    if part.expert is not None:
-        each = info.nbytes // part.shape[0]
-        data = data[part.expert * each :][:each]
-    return Stored(data, GGMLType(info.ggml_type), (part.shape[-2], part.shape[-1]))
+    kind = GGMLType(file.tensors[part.tensor].ggml_type)
+    return Stored(_bytes(file, part.tensor, part.expert), kind, (part.shape[-2], part.shape[-1]))
 
 
 def _unread(file: TensorFile, part: Part) -> Stored:
     """As `_stored`, with zeros that take no memory for the bytes of the file."""
-    kind = GGMLType(file.tensors[part.name + ".weight"].ggml_type)
+    kind = GGMLType(file.tensors[part.tensor].ggml_type)
     zeros = np.broadcast_to(np.zeros(1, np.uint8), (_part_bytes(file, part),))
     return Stored(zeros, kind, (part.shape[-2], part.shape[-1]))
 
@@ -152,8 +148,18 @@ def _part_bias(file: TensorFile, part: Part) -> np.ndarray:
     name = part.name + ".bias"
     if name not in file.tensors:
         return np.zeros(part.shape[-2], np.float32)
-    bias = _vector(file, name)
-    return bias if part.expert is None else bias[part.expert]
+    info = file.tensors[name]
+    shape = info.shape if part.expert is None else info.shape[1:]
+    return dequantize(_bytes(file, name, part.expert), info.ggml_type, shape)
+
+
+def _bytes(file: TensorFile, name: str, expert: int | None) -> np.ndarray:
+    """The tensor's bytes in the file, or those of one expert: the first axis is that of experts."""
+    info, data = file.tensors[name], file.data(name)
+    if expert is None:
+        return data
+    each = info.nbytes // info.shape[0]
+    return data[expert * each :][:each]
 
 
 def _is_biased(file: TensorFile, parts: tuple[Part, ...]) -> bool:

@@ -18,8 +18,8 @@ import llama_quantizer
 from realm_jax import LLM, gguf
 from realm_jax.perplexity import perplexities
 from realm_jax.quantization import importance
+from realm_jax.quantization.file_types import FILE_TYPES, FileType
 from realm_jax.quantization.importance import ImportanceMatrix
-from realm_jax.quantization.mixes import FILE_TYPES, FileType
 from realm_jax.quantization.observed import observe
 from realm_jax.quantization.requantizing import Quantization
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 from draft_file import Draft, kept_layers, tensors
@@ -23,8 +23,9 @@ from draft_training import Distillation, Trained, train
 from realm_jax import LLM, SamplingParams, gguf
 from realm_jax.config import EngineConfig
 from realm_jax.errors import RealmError, RequestError
+from realm_jax.ggml import GGMLType
 from realm_jax.loading import load_model
-from realm_jax.lora.merge import TypeName
+from realm_jax.quant.encoding import ENCODERS
 
 CONTEXT = 320
 SEQUENCES = 32
@@ -151,7 +152,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     check(options)
     llm = LLM(options.model, ctx_size=CONTEXT, max_num_seqs=SEQUENCES)
     with gguf.open(llm.model.path) as file, tempfile.TemporaryDirectory() as folder:
-        draft = Draft(file, kept_layers(llm.model.config.num_layers, options.layers), options.type)
+        draft = Draft(
+            file, kept_layers(llm.model.config.num_layers, options.layers), GGMLType[options.type.upper()]
+        )
         initial = Path(folder, "initial.gguf")
         draft.write(initial)
         wanted = Collection(options.tokens, options.seed)
@@ -234,7 +237,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=int, default=6, help="at most (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=25, help="for everything (default: %(default)s)")
-    parser.add_argument("--type", default="q4_0", choices=get_args(TypeName), help="of matrices")
+    parser.add_argument(
+        "--type", default="q4_0", choices=[kind.name.lower() for kind in ENCODERS], help="of matrices"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 

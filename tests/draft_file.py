@@ -11,10 +11,11 @@ import numpy as np
 from realm_jax.architectures import parameters, read_config
 from realm_jax.config import ModelConfig
 from realm_jax.errors import ModelFileError, RequestError, UnsupportedError
-from realm_jax.ggml import BLOCK_SIZES, GGMLType
+from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
-from realm_jax.lora.merge import ENCODERS, FILE_TYPES, TypeName
 from realm_jax.quant import dequantize
+from realm_jax.quant.encoding import tensor_bytes
+from realm_jax.quantization.file_types import file_type_of, fitting
 from realm_jax.weights import Params
 
 LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -34,12 +35,12 @@ def kept_layers(total: int, count: int) -> tuple[int, ...]:
 class Draft:
     """A smaller model made of another's layers, embedding, last norm and head, which has its vocabulary.
 
-    kind: the type of the matrices; those whose rows are no multiple of a block take F16.
+    kind: the type of the matrices, or what stands in for it where their rows do not fit.
     """
 
     file: GGUFFile
     layers: tuple[int, ...]  # of the file, in the draft's order
-    kind: TypeName
+    kind: GGMLType
 
     def __post_init__(self) -> None:
         """Raises UnsupportedError for a model whose layers differ or have more than matrices and norms."""
@@ -89,8 +90,7 @@ class Draft:
         is_layer = LAYER.fullmatch(name) is not None
         if len(info.shape) == 1 or (is_layer and not is_trained):
             return info.ggml_type
-        wanted = GGMLType[self.kind.upper()]
-        return GGMLType.F16 if info.shape[-1] % BLOCK_SIZES[wanted].elements else wanted
+        return fitting(self.kind, info.shape[-1])
 
     def _encoded(self, info: TensorInfo, plan: writer.TensorPlan, values: np.ndarray | None) -> bytes:
         if values is None:
@@ -98,25 +98,21 @@ class Draft:
             if plan.ggml_type == info.ggml_type:
                 return data.tobytes()
             values = dequantize(data, info.ggml_type, info.shape)
-        if values.shape != plan.shape or not np.isfinite(values).all():
-            raise ModelFileError(f"{plan.name}: trained values are not finite or not {list(plan.shape)}")
-        return ENCODERS[plan.ggml_type](values).tobytes()
+        if values.shape != plan.shape:
+            raise ModelFileError(
+                f"{plan.name}: trained values are {list(values.shape)}, not {list(plan.shape)}"
+            )
+        return tensor_bytes(plan.name, values, plan.ggml_type)
 
     def _metadata(self) -> dict[str, bytes]:
         """The model's, byte for byte, but for what says how large it is."""
         facts, count = self.file.metadata, len(self.layers)
-        raw = writer.raw_metadata(self.file.split_paths[0])
-        kept = {
-            key: value
-            for key, value in raw.items()
-            if not key.startswith("split.") and key != "general.size_label"
-        }
+        kept = writer.unsplit_metadata(self.file.split_paths[0])
+        kept.pop("general.size_label", None)
         name = facts.get("general.name", self.file.path.stem)
         kept["general.name"] = writer.text_value(f"{name}: draft of {count} layers")
         kept[f"{facts['general.architecture']}.block_count"] = writer.count_value(count)
-        kept["general.file_type"] = writer.count_value(FILE_TYPES[self.kind])
-        kept.setdefault("general.quantization_version", writer.count_value(2))
-        return kept
+        return kept | file_type_of(self.kind).metadata()
 
 
 def tensors(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:

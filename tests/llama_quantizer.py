@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
-from realm_jax.quantization.mixes import FileType
+from realm_jax.quantization.file_types import FileType
 
 FLOATS = ctypes.POINTER(ctypes.c_float)
 
@@ -42,7 +42,7 @@ def quantize(
     params = api.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.allow_requantize = file_type.number, threads, True
     params.pure = pure
-    if file_type.is_pure:  # which llama.cpp has no name for
+    if file_type.is_uniform:  # which llama.cpp has no name for
         params.pure, params.output_tensor_type, params.token_embedding_type = True, 8, 8
     entries = None
     if means is not None:

@@ -8,7 +8,7 @@ import llama_quantizer
 import numpy as np
 
 from realm_jax import gguf
-from realm_jax.quantization.mixes import FILE_TYPES
+from realm_jax.quantization.file_types import FILE_TYPES
 
 GOLDEN = Path(__file__).with_name("golden_mixes.npz")
 WIDTH = 256

@@ -19,7 +19,10 @@ from safetensors.numpy import load_file, save_file
 from realm_jax import LLM, gguf
 from realm_jax.chat import ChatTemplate
 from realm_jax.convert import hf, tensors
+from realm_jax.ggml import GGMLType
 from realm_jax.quant.int8 import quantize_q8_0
+from realm_jax.quantization.file_types import file_type_of
+from realm_jax.quantization.requantizing import Quantization
 from realm_jax.tokenizer import Tokenizer
 
 LONGROPE_ORIGINAL = 48
@@ -88,7 +91,7 @@ def test_llama_cpp_agrees(name: str, tmp_path: Path):
 
     api: Any = importlib.import_module("llama_cpp.llama_cpp")
     expected, path = expected_logits(name), tmp_path / "float32.gguf"  # it would round what bf16 multiplies
-    hf.read(golden(name, tmp_path), "f32").write(path)
+    hf.read(golden(name, tmp_path), GGMLType.F32).write(path)
     peer = LlamaPeer(path, sequences=1, tokens=128, threads=1, unified=True)
     # its cache is float16
     assert np.abs(peer.logits(expected["tokens"].tolist()) - expected["logits"][-1]).max() < 0.03
@@ -167,6 +170,18 @@ def test_types(converted: Callable[[str], Path], tmp_path: Path):
     quantized = contents(tmp_path / "q.gguf")[1]
     assert quantized["token_embd.weight"][1] == quantize_q8_0(embedding.astype(np.float32)).tobytes()
     assert quantized["blk.0.ffn_norm.weight"] == kept["blk.0.ffn_norm.weight"]
+
+
+def test_a_type_is_what_quantize_makes_of_the_converted_model(tmp_path: Path):
+    folder, converted = golden("qwen2", tmp_path), tmp_path / "f32.gguf"
+    hf.read(folder, GGMLType.F32).write(converted)
+    for kind in (GGMLType.F16, GGMLType.Q4_0, GGMLType.Q6_K, GGMLType.MXFP4):
+        made, later = tmp_path / f"{kind.name}.gguf", tmp_path / "later.gguf"
+        hf.read(folder, kind).write(made)
+        with gguf.open(converted) as file:
+            Quantization(file, file_type_of(kind), pure=True).write(later)
+        assert made.read_bytes() == later.read_bytes(), kind.name
+    assert len({path.stat().st_size for path in tmp_path.glob("*.gguf")}) == 5
 
 
 def test_tensors_are_written_in_pieces(

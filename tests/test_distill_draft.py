@@ -59,7 +59,7 @@ def answers(target: LLM) -> list[Answer]:
 def test_an_untrained_draft_is_the_model_without_the_other_layers(model: Path, target: LLM, tmp_path: Path):
     """The same bits; and it has the model's tokens, template and facts."""
     with gguf.open(model) as file:
-        Draft(file, KEPT, "f32").write(tmp_path / "draft.gguf")
+        Draft(file, KEPT, GGMLType.F32).write(tmp_path / "draft.gguf")
         assert gguf.open(tmp_path / "draft.gguf").metadata.keys() >= file.metadata.keys()
     draft = LLM(tmp_path / "draft.gguf", dtype="float32", ctx_size=96)
     config, params = target.model.config, target.model.params
@@ -175,7 +175,7 @@ def test_from_text_to_file(model: Path, answers: Sequence[Answer], tmp_path: Pat
     initial, output = tmp_path / "initial.gguf", tmp_path / "draft.gguf"
     config = Distillation(epochs=40, batch_size=4, warmup=2, lr=3e-3)
     with gguf.open(model) as file:
-        draft = Draft(file, KEPT, "q4_0")
+        draft = Draft(file, KEPT, GGMLType.Q4_0)
         draft.write(initial)
         done = distill_draft.distilled(draft, initial, output, learned, config, seconds=1e6)
     first, last = (np.mean(part) for part in (done.losses[:3], done.losses[-3:]))
@@ -218,7 +218,7 @@ def test_other_kinds_of_models_are_refused(fixtures: Path, name: str, message: s
         gguf.open(fixtures / "arch" / name / "model.gguf") as file,
         pytest.raises(UnsupportedError, match=message),
     ):
-        Draft(file, (0,), "f32")
+        Draft(file, (0,), GGMLType.F32)
 
 
 def test_the_first_layer_and_the_last_ones_are_kept():

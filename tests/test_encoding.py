@@ -9,7 +9,7 @@ from make_golden_encodings import GOLDEN, NUMBERS
 from realm_jax.errors import ModelFileError
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.quant import dequantize
-from realm_jax.quant.encoding import ENCODERS, encode, search
+from realm_jax.quant.encoding import CHUNK, ENCODERS, encode, search, tensor_bytes
 from realm_jax.quant.encoding.layout import packed, six_bit_bytes
 from realm_jax.quant.formats import planes
 from realm_jax.quant.kquants import six_bit_scales
@@ -67,6 +67,15 @@ def test_bytes_are_the_installed_llama_cpps(kind: GGMLType):
     importance = rng.standard_exponential(1024, np.float32)
     for each in (None, importance):
         np.testing.assert_array_equal(encode(rows, kind, each), llama_quantizer.encode(rows, kind, each))
+
+
+@pytest.mark.parametrize("kind", [GGMLType.BF16, GGMLType.Q4_1, GGMLType.Q4_K], ids=lambda kind: kind.name)
+def test_bytes_do_not_depend_on_how_rows_are_divided(kind: GGMLType):
+    rows = np.random.default_rng(0).standard_normal((5, CHUNK // 4 * 3), np.float32)
+    assert tensor_bytes("a tensor", rows, kind) == encode(rows, kind).tobytes()
+    rows[4, -1] = np.inf
+    with pytest.raises(ModelFileError, match=r"^a tensor: 1 values are infinite"):
+        tensor_bytes("a tensor", rows, kind)
 
 
 def test_the_golden_rows_are_what_their_script_makes(golden: dict[str, np.ndarray]):

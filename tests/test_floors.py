@@ -40,7 +40,7 @@ FLOORS = {
         "processors",
     }
     | {"tokenizer", "grammars", "chat", "tools", "gguf", "metadata", "hub", "runtime", "programs"},
-    2: {"model", "layers", "weights", "banks", "projections", "architectures", "parallel"},
+    2: {"model", "layers", "prompts", "weights", "banks", "projections", "architectures", "parallel"},
     3: {"loading", "decoding", "drafters", "speculative", "inspection", "scoring", "convert", "quantization"}
     | {"slot_copies"}
     | {
@@ -139,6 +139,7 @@ WITHIN_A_FLOOR = {
     ("sequence_cache", "kernels"),
     ("research", "llm"),
     ("delta_rule", "kernels"),
+    ("convert", "quantization"),
     ("recurrent_cache", "delta_rule"),
     ("cache", "recurrent_cache"),
     ("serving.transcript", "serving.request"),

@@ -17,7 +17,7 @@ from test_lora_applied import random_adapter
 from tiny import write_model
 from tiny_hybrid import write_hybrid
 
-from realm_jax import LLM, SamplingParams, gguf, inspection
+from realm_jax import LLM, SamplingParams, gguf, inspection, research
 from realm_jax.buckets import Buckets, Pool
 from realm_jax.config import EngineConfig
 from realm_jax.errors import ModelFileError, RealmError, UnsupportedError
@@ -206,6 +206,8 @@ def test_what_a_state_does_not_allow_is_refused_in_one_line(
     assert said == ["prefixes are not reused: recurrent layers have one state for a whole sequence"]
     with pytest.raises(UnsupportedError, match="nothing is trained"):
         Trainer(model, [], TrainingConfig())
+    with pytest.raises(UnsupportedError, match="activations of qwen35, which has recurrent layers"):
+        research.names(model.transformer, model.params)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_llama_cpp_quantizes_by_our_file(tiny_model: Path, tmp_path: Path):
     import llama_quantizer
 
     from realm_jax import gguf
-    from realm_jax.quantization.mixes import FILE_TYPES
+    from realm_jax.quantization.file_types import FILE_TYPES
     from realm_jax.quantization.requantizing import Quantization
 
     rng = np.random.default_rng(0)

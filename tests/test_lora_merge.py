@@ -16,10 +16,14 @@ from realm_jax.cli.adapters import scaled
 from realm_jax.errors import ModelFileError, RequestError
 from realm_jax.ggml import GGMLType
 from realm_jax.gguf import writer
-from realm_jax.lora import Adapter, LowRank, merge
+from realm_jax.lora import Adapter, LowRank
 from realm_jax.lora.fold import fold
-from realm_jax.lora.merge import Merge, TypeName
 from realm_jax.quant import dequantize
+from realm_jax.quant.encoding import ENCODERS, encode
+from realm_jax.quantization import merging
+from realm_jax.quantization.file_types import file_type_of
+from realm_jax.quantization.merging import Merge
+from realm_jax.quantization.requantizing import Quantization
 
 Q4_0 = gguf_py.GGMLQuantizationType.Q4_0
 Q = "blk.0.attn_q.weight"
@@ -81,7 +85,7 @@ def random_adapters() -> list[tuple[Adapter, float]]:
 
 
 def merged_tensors(
-    model: Path, target: Path, kind: TypeName | None
+    model: Path, target: Path, kind: GGMLType | None
 ) -> dict[str, tuple[GGMLType, bytes, bytes]]:
     """For each tensor of the merged file its type, its bytes, and those that it should have."""
     adapters = random_adapters()
@@ -104,15 +108,15 @@ def wanted(file: gguf.GGUFFile, name: str, kind: GGMLType, adapters: list[tuple[
     if kind == info.ggml_type and not any(adapter.changes(name) for adapter, _ in adapters):
         return file.data(name).tobytes()
     values = fold(dequantize(file.data(name), info.ggml_type, info.shape), name, adapters, 0)
-    return gguf_py.quantize(values, gguf_py.GGMLQuantizationType(kind)).tobytes()
+    return encode(values.reshape(-1, values.shape[-1]), kind).tobytes()
 
 
-@pytest.mark.parametrize("values", [merge.VALUES, 256])
-@pytest.mark.parametrize("kind", [None, "f32", "f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("values", [merging.VALUES, 256])
+@pytest.mark.parametrize("kind", [None, *(GGMLType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0"))])
 def test_every_tensor_is_folded_or_kept(
-    model: Path, tmp_path: Path, kind: TypeName | None, values: int, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, kind: GGMLType | None, values: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(merge, "VALUES", values)  # so few that tensors are cut
+    monkeypatch.setattr(merging, "VALUES", values)  # so few that tensors are cut
     found = merged_tensors(model, tmp_path / "merged.gguf", kind)
     for name, (_, bytes_found, bytes_wanted) in found.items():
         assert bytes_found == bytes_wanted, name
@@ -123,22 +127,59 @@ def test_every_tensor_is_folded_or_kept(
         assert types[Q] == "F16"
         assert types["blk.0.attn_v.weight"] == "Q4_0" and types["blk.0.ffn_down.weight"] == "F32"
     else:
-        narrow = {"q8_0": "F16", "q4_0": "F16"}.get(kind, kind.upper())  # rows of 40
+        narrow = {"Q8_0": "F16", "Q4_0": "F16"}.get(kind.name, kind.name)  # rows of 40
         assert types.pop("blk.0.ffn_down.weight") == narrow
-        assert {each for name, each in types.items() if "norm" not in name} == {kind.upper()}
+        assert {each for name, each in types.items() if "norm" not in name} == {kind.name}
 
 
-def test_routers_are_not_quantized(fixtures: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model of rows of 256 and of 96 values, in F32, and the same with adapters merged."""
+    folder = tmp_path_factory.mktemp("wide")
+    path = write_model(folder / "f32.gguf", layers=1, width=256, ffn=96, heads=2, kv_heads=1)
+    base, merged = folder / "base.gguf", folder / "merged.gguf"
+    with gguf.open(path) as file:
+        Merge(file, [], GGMLType.F32).write(base)  # which says its type
+        Merge(file, wide_adapters(), GGMLType.F32).write(merged)
+    return base, merged
+
+
+def wide_adapters() -> list[tuple[Adapter, float]]:
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((2, 256), np.float32), rng.standard_normal((256, 2), np.float32)
+    return [(Adapter("wide", {Q: LowRank(a, b, 0.1)}), 0.5)]
+
+
+@pytest.mark.parametrize("kind", ENCODERS, ids=lambda kind: kind.name)
+def test_a_type_is_what_quantize_makes_of_the_merged_model(
+    wide: tuple[Path, Path], tmp_path: Path, kind: GGMLType
+):
+    base, merged = wide
+    made, later = tmp_path / "made.gguf", tmp_path / "later.gguf"
+    with gguf.open(base) as file:
+        Merge(file, wide_adapters(), kind).write(made)
+    with gguf.open(merged) as file:
+        Quantization(file, file_type_of(kind), pure=True).write(later)
+    assert made.read_bytes() == later.read_bytes()
+    with gguf.open(made) as file:
+        assert file.tensors[Q].ggml_type is kind
+        for theirs in gguf_py.GGUFReader(made).tensors:
+            info = file.tensors[theirs.name]
+            ours = dequantize(file.data(theirs.name), info.ggml_type, info.shape)
+            np.testing.assert_array_equal(gguf_py.dequantize(theirs.data, theirs.tensor_type), ours)
+
+
+def test_routers_keep_their_type(fixtures: Path, tmp_path: Path):
     with gguf.open(fixtures / "arch" / "llama-moe" / "model.gguf") as file:
-        Merge(file, [], "q4_0").write(tmp_path / "merged.gguf")
+        Merge(file, [], GGMLType.Q4_0).write(tmp_path / "merged.gguf")
     with gguf.open(tmp_path / "merged.gguf") as made:
         types = {info.name.split(".", 2)[-1]: info.ggml_type.name for info in made.tensors.values()}
-    assert (types["ffn_gate_inp.weight"], types["ffn_gate_exps.weight"]) == ("F16", "Q4_0")
+    assert (types["ffn_gate_inp.weight"], types["ffn_gate_exps.weight"]) == ("F32", "Q4_0")
 
 
 def test_metadata_is_kept_byte_for_byte(model: Path, tmp_path: Path):
     before = writer.raw_metadata(model)
-    for kind in (None, "q8_0"):
+    for kind in (None, GGMLType.Q8_0):
         merged_tensors(model, tmp_path / "merged.gguf", kind)
         after = writer.raw_metadata(tmp_path / "merged.gguf")
         assert after.pop("general.quantization_version")[-4:] == b"\2\0\0\0"
@@ -172,7 +213,7 @@ def test_values_that_the_type_cannot_hold_leave_no_file(model: Path, tmp_path: P
     target = tmp_path / "merged.gguf"
     with (
         gguf.open(model) as file,
-        pytest.raises(ModelFileError, match=r"attn_q\.weight has values up to 9000"),
+        pytest.raises(ModelFileError, match=r"attn_q\.weight: values up to 9000"),
     ):
         Merge(file, [(Adapter("big", pairs), 1.0)]).write(target)
     assert not list(tmp_path.iterdir())
@@ -207,6 +248,8 @@ def test_wrong_usage_of_merge(model: Path, tmp_path: Path):
     done = realm("lora", "merge", "-m", copy, "--lora", adapter, "-o", copy)
     assert done.code == 2 and "is the model itself" in done.error
     assert "no such file" in realm("lora", "merge", "-m", model, "--lora", "none:0.5", "-o", out).error
+    done = realm("lora", "merge", "-m", model, "--lora", adapter, "-o", out, "--type", "q9")
+    assert done.code == 2 and "--type is 'q9'; it is one of F32, F16, BF16, Q4_0" in done.error
     assert not out.exists()
 
 

@@ -10,13 +10,15 @@ from command_line import realm
 from tiny import write_model
 
 from realm_jax import LLM, gguf
-from realm_jax.errors import ModelFileError, RequestError
+from realm_jax.cli.tensor_types import NAMES
+from realm_jax.errors import ModelFileError, RequestError, UnsupportedError
 from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.quant import dequantize
-from realm_jax.quant.encoding import encode
+from realm_jax.quant.encoding import ENCODERS, encode
+from realm_jax.quantization.file_types import FILE_TYPES, FileType, file_type_of, fitting
 from realm_jax.quantization.importance import ImportanceMatrix
-from realm_jax.quantization.mixes import FILE_TYPES, Facts, FileType, Mix, fitting
+from realm_jax.quantization.mixes import Facts, Mix
 from realm_jax.quantization.requantizing import Quantization
 
 # How far the logits of the model below are off, against their spread: its random weights make much of it.
@@ -173,6 +175,13 @@ def test_options_say_types(model: Path, tmp_path: Path):
     assert "rounded already" in again.error and "--allow-requantize" in again.error
     allowed = realm("quantize", target, tmp_path / "again.gguf", "Q3_K_S", "--allow-requantize")
     assert allowed.code == 0, allowed.err
+
+
+def test_every_type_has_a_name_for_flags():
+    assert NAMES.split(", ") == [kind.name for kind in ENCODERS]
+    assert {file_type_of(kind).kind for kind in ENCODERS} == set(ENCODERS)
+    with pytest.raises(UnsupportedError, match=r"cannot be written as IQ1_S; there are F32, F16"):
+        file_type_of(GGMLType.IQ1_S)
 
 
 def test_what_stands_in_is_said(fixtures: Path, tmp_path: Path):

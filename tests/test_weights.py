@@ -1,5 +1,6 @@
 """Loading: every problem named at once, values exact, memory bounded."""
 
+import math
 import re
 import subprocess
 import sys
@@ -81,6 +82,32 @@ def test_params_hold_the_files_values(fixtures: Path) -> None:
         )
         np.testing.assert_array_equal(qkv.bias, np.concatenate([values(f"{n}.bias") for n in names]))
         np.testing.assert_array_equal(params["norm"]["scale"].weight, values("output_norm.weight"))
+
+
+@pytest.mark.parametrize("case", ["gpt-oss", "stablelm"])
+def test_every_bias_is_expanded_once(fixtures: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Of a tensor of all experts' biases each expert reads its own; norms have biases, too."""
+    expanded = []
+
+    def count(data: np.ndarray, kind: int, shape: tuple[int, ...]) -> np.ndarray:
+        expanded.append(math.prod(shape))
+        return dequantize(data, kind, shape)
+
+    monkeypatch.setattr(weights, "dequantize", count)
+    path = fixtures / "arch" / case / "model.gguf"
+    params = load(path)
+    with gguf.open(path) as file:
+        infos = file.tensors.values()
+        vectors = [i for i in infos if len(i.shape) == 1 or i.name.endswith(".bias")]
+        assert sum(expanded) == sum(math.prod(info.shape) for info in vectors)
+        biases = {
+            i.name: dequantize(file.data(i.name), i.ggml_type, i.shape) for i in infos if "bias" in i.name
+        }
+    if case == "stablelm":
+        np.testing.assert_array_equal(params["norm"]["scale"].bias, biases["output_norm.bias"])
+        return
+    both = np.concatenate([biases[f"blk.0.ffn_{part}_exps.bias"] for part in ("gate", "up")], axis=1)
+    np.testing.assert_array_equal([e.bias for e in params["layer_0"]["mlp"]["experts"].gate_up], both)
 
 
 def test_a_tied_head_is_held_once(fixtures: Path) -> None:

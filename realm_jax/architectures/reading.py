@@ -1,7 +1,7 @@
 """What a file's metadata says of its model."""
 
 from realm_jax.architectures.facts import Architecture
-from realm_jax.architectures.heads import Heads, read_heads
+from realm_jax.architectures.heads import read_heads
 from realm_jax.architectures.mixture import MAX_SIZE, leading_dense, read_moe
 from realm_jax.architectures.rotary import layer_kinds, read_ropes, yarn_score_factor
 from realm_jax.architectures.table import ARCHITECTURES
@@ -33,6 +33,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     moe = read_moe(arch, meta, file, layers)
     kinds = layer_kinds(arch, meta, layers, dense=leading_dense(moe, meta, layers))
     kinds = varied_kinds(meta, file, heads.num_heads, kinds) if arch.varied else kinds
+    score_width = hidden / heads.num_heads if layers in arch.scale_by_width else heads.score_dim
     has_second_norm = any(f"blk.0.{norm}.weight" in file.tensors for norm in arch.second_norms)
     return ModelConfig(
         architecture=name,
@@ -48,7 +49,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         ropes=tuple(read_ropes(arch, meta, heads.rope_dim, kinds)),
         layers=kinds,
         activation=arch.activation,
-        attention_scale=_attention_scale(arch, meta, heads, wide=layers in arch.scale_by_width),
+        attention_scale=_attention_scale(arch, meta, score_width),
         attention_softcap=meta.softcap("attn_logit_softcapping", arch.attention_softcap),
         logit_softcap=meta.softcap("final_logit_softcapping", arch.logit_softcap),
         embedding_scale=_scale(arch, meta, "embedding_scale")
@@ -80,12 +81,11 @@ _EPSILON = {
 }
 
 
-def _attention_scale(arch: Architecture, meta: Metadata, heads: Heads, *, wide: bool) -> float:
+def _attention_scale(arch: Architecture, meta: Metadata, width: float) -> float:
     if arch.attention_scale is not None:
         return arch.attention_scale
     if arch.has_scales and meta.scalar("attention.scale", 0):
         return meta.real("attention.scale", above=0.0)
-    width = meta.count("embedding_length", 1 << 20) / heads.num_heads if wide else heads.score_dim
     return width**-0.5 * yarn_score_factor(arch, meta)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from realm_jax.cli import options, progress
 from realm_jax.cli.flags import command
+from realm_jax.cli.tensor_types import NAMES, tensor_type
 
 app = typer.Typer(
     help="Convert models: from folders of Hugging Face's form, to checkpoints of Orbax.",
@@ -23,12 +24,13 @@ def hf(
     ],
     target: Annotated[Path, typer.Argument(help="The GGUF file to write.", metavar="OUT.gguf")],
     kind: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None,
+        str | None,
         typer.Option(
             "--type",
-            help="The type of all matrices; vectors are f32.  [default: the embedding's in DIR]",
+            help=f"The type of matrices, as realm quantize --pure makes it: {NAMES}; vectors are F32.  "
+            "[default: the embedding's in DIR]",
             show_default=False,
-            case_sensitive=False,
+            metavar="TYPE",
         ),
     ] = None,
 ) -> None:
@@ -37,11 +39,11 @@ def hf(
     Tensors are read and written one after another, so memory stays small. The tokenizer is compared with what
     the folder's own makes of a page of text; what GGUF cannot say exactly is refused, or told on stderr.
 
-    Example: realm convert hf Qwen2.5-0.5B-Instruct qwen.gguf --type q8_0
+    Example: realm convert hf Qwen2.5-0.5B-Instruct qwen.gguf --type Q8_0
     """
     from realm_jax.convert import hf
 
-    model = hf.read(folder, kind)
+    model = hf.read(folder, tensor_type("--type", kind))
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
     model.write(target, progress.of_tensors(len(model.planned)))

@@ -3,13 +3,16 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from realm_jax.cli import options
 from realm_jax.cli.text import read_text
 from realm_jax.errors import RequestError
+
+if TYPE_CHECKING:
+    from realm_jax.tokenizer import Tokenizer
 
 WINDOW = 512
 
@@ -45,13 +48,7 @@ def imatrix(
     llm = open_model(dataclasses.replace(engine, ctx_size=window), Status(), max_num_seqs=1)
     if llm.engine_config.tensor_parallel > 1:
         raise RequestError(f"--mesh {engine.mesh}: an importance matrix is made on one device")
-    ids = llm.tokenizer.encode(text, add_special=True)
-    bos = llm.tokenizer.bos_id if llm.tokenizer.add_bos else None
-    windows = [ids[start : start + window] for start in range(0, len(ids) - window + 1, window)][:chunks]
-    if not windows:
-        raise RequestError(f"text is {len(ids):,} tokens; one window is {window:,} (give more, or lower -c)")
-    if bos is not None:
-        windows = [[bos, *each[1:]] for each in windows]
+    windows = _windows(llm.tokenizer, text, window)[:chunks]
 
     def show(done: int) -> None:
         print(f"window {done} of {len(windows)}", file=sys.stderr)
@@ -65,3 +62,14 @@ def imatrix(
             )
     importance.write(output, squares, chunks=len(windows), chunk_size=window, dataset=str(file))
     print(output)
+
+
+def _windows(tokenizer: "Tokenizer", text: str, size: int) -> list[list[int]]:
+    """The text's tokens, cut; where the model wants a BOS, each window begins with one."""
+    ids = tokenizer.encode(text, add_special=True)
+    windows = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+    if not windows:
+        raise RequestError(f"text is {len(ids):,} tokens; one window is {size:,} (give more, or lower -c)")
+    if not tokenizer.add_bos or tokenizer.bos_id is None:
+        return windows
+    return [[tokenizer.bos_id, *each[1:]] for each in windows]

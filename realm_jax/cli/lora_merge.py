@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from realm_jax.cli import options, progress
 from realm_jax.cli.adapters import opened_base, scaled
 from realm_jax.cli.flags import flag
+from realm_jax.cli.tensor_types import NAMES, tensor_type
 from realm_jax.errors import RequestError
 
 
@@ -23,12 +24,13 @@ def merge(
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The merged model.", metavar="OUT.gguf")],
     kind: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None,
+        str | None,
         typer.Option(
             "--type",
-            help="The type of all matrices.  [default: each keeps its type, but changed ones that were "
-            "quantized take f16]",
+            help=f"The type of matrices, as realm quantize --pure makes it: {NAMES}.  [default: each keeps "
+            "its type, but changed ones that were quantized take F16]",
             show_default=False,
+            metavar="TYPE",
         ),
     ] = None,
     offline: options.Offline = False,
@@ -40,15 +42,16 @@ def merge(
     Example: realm lora merge -m model.gguf --lora adapter.gguf:0.5 -o merged.gguf
     """
     from realm_jax.lora import read
-    from realm_jax.lora.merge import Merge
+    from realm_jax.quantization.merging import Merge
 
+    to = tensor_type("--type", kind)
     if not lora:
         raise RequestError("nothing to merge; give at least one --lora PATH[:SCALE]")
     with opened_base(model, offline=offline) as (file, base):
         if output.exists() and any(output.samefile(part) for part in file.split_paths):
             raise RequestError(f"-o {output} is the model itself; give another path")
         adapters = [(read(path, base), scale) for path, scale in map(scaled, lora)]
-        Merge(file, adapters, kind).write(output, progress.of_tensors(len(file.tensors)))
+        Merge(file, adapters, to).write(output, progress.of_tensors(len(file.tensors)))
         changed = sum(any(adapter.changes(name) for adapter, _ in adapters) for name in file.tensors)
     print(f"{changed} of {len(base.shapes)} tensors changed", file=sys.stderr)
     print(output)

@@ -1,18 +1,17 @@
 """`realm quantize`: a model file in another type."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from realm_jax.cli import options
+from realm_jax.cli import options, progress
+from realm_jax.cli.tensor_types import tensor_type
 from realm_jax.errors import RequestError
 
 if TYPE_CHECKING:
-    from realm_jax.ggml import GGMLType
-    from realm_jax.quantization.mixes import FileType
+    from realm_jax.quantization.file_types import FileType
     from realm_jax.quantization.requantizing import Quantization
 
 SHOWN = 5
@@ -29,8 +28,8 @@ def quantize(
         str,
         typer.Argument(
             help="F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q2_K_S, Q3_K_S, Q3_K_M, Q3_K_L, "
-            "Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K, IQ4_NL, MXFP4 (every matrix) or MXFP4_MOE (experts; the "
-            "rest Q8_0). Q3_K, Q4_K and Q5_K stand for the _M mixes.",
+            "Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K, IQ4_NL, MXFP4 (every matrix but the head) or MXFP4_MOE "
+            "(experts; the rest Q8_0). Q3_K, Q4_K and Q5_K stand for the _M mixes.",
             metavar="TYPE",
         ),
     ],
@@ -74,10 +73,6 @@ def quantize(
     from realm_jax.quantization.requantizing import Quantization
 
     file_type = _file_type(kind)
-    kinds = {
-        name: _tensor_type(name, text)
-        for name, text in (("output-tensor", head), ("token-embedding", embedding))
-    }
     with gguf.open(hub.resolve(source, offline=offline)) as file:
         if target.exists() and any(target.samefile(part) for part in file.split_paths):
             raise RequestError(f"{target} is the model itself; give another path")
@@ -85,38 +80,26 @@ def quantize(
             file,
             file_type,
             importance=None if imatrix is None else importance.read(imatrix),
-            head=kinds["output-tensor"],
-            embedding=kinds["token-embedding"],
+            head=tensor_type("--output-tensor-type", head),
+            embedding=tensor_type("--token-embedding-type", embedding),
             pure=pure,
             allow_requantize=allow_requantize,
             threads=threads,
         )
         job.check()
         _say(job)
-        job.write(target, _progress(len(file.tensors)))
+        job.write(target, progress.of_tensors(len(file.tensors)))
         print(job.summary(), file=sys.stderr)
     print(target)
 
 
 def _file_type(text: str) -> "FileType":
-    from realm_jax.quantization.mixes import ALIASES, FILE_TYPES
+    from realm_jax.quantization.file_types import ALIASES, FILE_TYPES
 
     name = text.upper()
     found = FILE_TYPES.get(ALIASES.get(name, name))
     if found is None:
         raise RequestError(f"TYPE is {text!r}; it is one of {', '.join((*FILE_TYPES, *ALIASES))}")
-    return found
-
-
-def _tensor_type(flag: str, text: str | None) -> "GGMLType | None":
-    from realm_jax.quant.encoding import ENCODERS
-
-    if text is None:
-        return None
-    found = {kind.name: kind for kind in ENCODERS}.get(text.upper())
-    if found is None:
-        names = ", ".join(kind.name for kind in ENCODERS)
-        raise RequestError(f"--{flag}-type is {text!r}; it is one of {names}")
     return found
 
 
@@ -137,15 +120,3 @@ def _say(job: "Quantization") -> None:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
-
-
-def _progress(total: int) -> Callable[[str], None]:
-    """Shows each tensor as it is begun: a bar on a terminal, else one line at the start."""
-    from rich.console import Console
-    from rich.progress import track
-
-    if not sys.stderr.isatty():
-        print(f"writing {total} tensors", file=sys.stderr)
-        return lambda _: None
-    bar = iter(track(range(total), "writing", console=Console(stderr=True), transient=True))
-    return lambda _: next(bar, None)  # pyright: ignore[reportReturnType]: what it gives is not used

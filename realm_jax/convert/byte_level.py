@@ -104,11 +104,10 @@ def _name(whole: Fields, config: Fields, ignore_merges: bool) -> str:
         if pre.splits == wanted and pre.ignore_merges == ignore_merges and not pre.spaces_as_symbol
     }
     if not alike:
-        known = ", ".join(name for name in USUAL)
         raise UnsupportedError(
             f"tokenizer.json: pre_tokenizer cuts by {shown(' then '.join(splits))!r}"
             f"{' and ignores merges of whole words' if ignore_merges else ''}; GGUF has no name for that "
-            f"(known are those of {known} and {len(PRETOKENIZERS) - len(USUAL)} more)"
+            f"(known are those of {', '.join(USUAL)} and {len(PRETOKENIZERS) - len(USUAL)} more)"
         )
     if config.has("clean_up_tokenization_spaces"):
         is_clean = config.flag("clean_up_tokenization_spaces", False)

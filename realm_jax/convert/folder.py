@@ -106,7 +106,7 @@ def _names(path: Path) -> list[str]:
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise index.error("weight_map", f"names the file {shown(name)!r}; only files beside it count")
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):  # a name that the system refuses is told where it is opened
             if missing := [name for name in names if not (path / name).is_file()]:
                 more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
                 raise index.error(

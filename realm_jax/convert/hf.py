@@ -20,11 +20,11 @@ from realm_jax.errors import ModelFileError
 from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.lora.fitting import shown
-from realm_jax.lora.merge import FILE_TYPES, PLAIN, TypeName
 from realm_jax.lora.modules import EMBEDDING
+from realm_jax.quantization.file_types import QUANTIZATION_VERSION, file_type_of
 from realm_jax.tokenizer import Tokenizer
 
-KIND_OF = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f32"}
+KIND_OF = {"BF16": GGMLType.BF16, "F16": GGMLType.F16, "F32": GGMLType.F32, "F64": GGMLType.F32}
 EMBEDDING_WEIGHT = f"{EMBEDDING}.weight"
 
 
@@ -50,7 +50,7 @@ class Conversion:
         writer.write(path, encoded, [each.plan for each in self.planned], data())
 
 
-def read(path: Path, kind: TypeName | None = None) -> Conversion:
+def read(path: Path, kind: GGMLType | None = None) -> Conversion:
     """The model in the folder, checked; no weights are read yet.
 
     kind: the type of matrices; None = that of the embedding in the folder.
@@ -63,35 +63,35 @@ def read(path: Path, kind: TypeName | None = None) -> Conversion:
     facts = read_facts(fields, family)
     size = _vocabulary_size(folder, fields)
     tokenizer = read_tokenizer(folder, fields, size)
-    kind = kind or KIND_OF[folder.dtype(EMBEDDING_WEIGHT)]  # pyright: ignore[reportAssignmentType]
-    assert kind is not None
+    kind = KIND_OF[folder.dtype(EMBEDDING_WEIGHT)] if kind is None else kind
     metadata: dict[str, Any] = {
         "general.architecture": family.architecture,
         "general.type": "model",
         "general.name": _name(path, tokenizer),
-        "general.file_type": FILE_TYPES[kind],
-        **({} if GGMLType[kind.upper()] in PLAIN else {"general.quantization_version": 2}),
+        "general.file_type": file_type_of(kind).number,
+        "general.quantization_version": QUANTIZATION_VERSION,
         **agreement.hints(folder.generation),
         **facts.keys,
         **tokenizer.keys,
     }
-    stripping = ", ".join(shown(text) for text in tokenizer.stripping[:3])
-    kept = f"white space beside {stripping} is kept, which transformers strips: GGUF cannot say so"
     agreement.check(folder, Tokenizer.from_metadata(metadata, path.name))
     config = read_config(_Unwritten(folder, metadata))
     check_scale(fields, config)
-    lost = windows_lost(fields, config)
-    planned = tensors.plan(
-        folder, config, is_tied=facts.is_tied, kind=GGMLType[kind.upper()], factors=facts.ropes.tensors
-    )
-    left_out = f"{folder.left_out} tensors of other parts than the language model are left out"
-    told = (
-        *tokenizer.notes,
-        kept if stripping and not tokenizer.names_phi3() else None,
-        lost,
-        left_out if folder.left_out else None,
-    )
-    return Conversion(config, metadata, planned, tuple(note for note in told if note))
+    planned = tensors.plan(folder, config, is_tied=facts.is_tied, kind=kind, factors=facts.ropes.tensors)
+    notes = _notes(folder, tokenizer, windows_lost(fields, config))
+    return Conversion(config, metadata, planned, tuple(notes))
+
+
+def _notes(folder: HFFolder, tokenizer: HFTokenizer, lost: str | None) -> Iterator[str]:
+    """What the file will not say of the model. lost: of its windows."""
+    yield from tokenizer.notes
+    if tokenizer.stripping and not tokenizer.names_phi3():
+        stripping = ", ".join(shown(text) for text in tokenizer.stripping[:3])
+        yield f"white space beside {stripping} is kept, which transformers strips: GGUF cannot say so"
+    if lost is not None:
+        yield lost
+    if folder.left_out:
+        yield f"{folder.left_out} tensors of other parts than the language model are left out"
 
 
 def _name(path: Path, tokenizer: HFTokenizer) -> str:

@@ -20,8 +20,8 @@ from realm_jax.errors import ModelFileError, RequestError, UnsupportedError
 from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.gguf.checkpoint import ARRAYS, BYTES, FORMAT, HEADER, INDEX, PLAIN, array_shape
-from realm_jax.lora.merge import FILE_TYPES
 from realm_jax.quant import dequantize
+from realm_jax.quantization.file_types import FILE_TYPES
 
 Dense = Literal["bf16", "f32"]
 NUMPY = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -92,10 +92,9 @@ class Checkpoint:
 
     def _metadata(self) -> dict[str, bytes]:
         """The file's, byte for byte; it is in one part, and says its new type."""
-        raw = writer.raw_metadata(self.file.split_paths[0])
-        kept = {key: value for key, value in raw.items() if not key.startswith("split.")}
+        kept = writer.unsplit_metadata(self.file.split_paths[0])
         if self.dense is not None:
-            kept["general.file_type"] = writer.count_value(FILE_TYPES[self.dense])
+            kept["general.file_type"] = writer.count_value(FILE_TYPES[self.dense.upper()].number)
             kept.pop("general.quantization_version", None)
         return kept
 

@@ -12,13 +12,13 @@ import numpy as np
 from realm_jax.architectures import parameters
 from realm_jax.config import ModelConfig
 from realm_jax.convert.folder import HFFolder, HFTensor
-from realm_jax.errors import ModelFileError
-from realm_jax.ggml import BLOCK_SIZES, GGMLType
+from realm_jax.ggml import GGMLType
 from realm_jax.gguf.writer import Chunk, TensorPlan
 from realm_jax.lora.adapter import Base
 from realm_jax.lora.fitting import refuse, shown
-from realm_jax.lora.merge import ENCODERS, PLAIN
 from realm_jax.lora.modules import EMBEDDING, HEAD, NORM, Layout, Rows
+from realm_jax.quant.encoding import tensor_bytes
+from realm_jax.quantization.file_types import pure_type
 
 VALUES = 1 << 22  # that are expanded at a time
 COMPUTED = (".rotary_emb.inv_freq",)  # buffers that old versions saved
@@ -55,14 +55,7 @@ class Planned:
         """The tensor's bytes. Raises ModelFileError for a value that its type cannot hold."""
         pieces = [self.source] if isinstance(self.source, np.ndarray) else self.source.values()
         for values in pieces:
-            with np.errstate(over="ignore"):
-                encoded = ENCODERS[self.plan.ggml_type](values)
-            if not np.isfinite(encoded.astype(np.float32) if self.plan.ggml_type in PLAIN else values).all():
-                raise ModelFileError(
-                    f"{self.plan.name} has values up to {float(np.abs(values).max()):g}, which "
-                    f"{self.plan.ggml_type.name} cannot hold (give --type bf16 or f32)"
-                )
-            yield encoded.tobytes()
+            yield tensor_bytes(self.plan.name, values, self.plan.ggml_type)
 
 
 def plan(
@@ -89,8 +82,8 @@ def plan(
     names = [name for weight in shapes for name in (weight, weight.removesuffix("weight") + "bias")]
     for name in names:
         if (source := sources.get(name)) is not None:
-            shape = source.tensor.shape
-            found.append(Planned(TensorPlan(name, shape, _type_of(shape, kind)), source))
+            expanded = TensorPlan(name, source.tensor.shape, GGMLType.F32)
+            found.append(Planned(replace(expanded, ggml_type=pure_type(expanded, kind)), source))
     return found
 
 
@@ -126,9 +119,3 @@ def _joined(rows: tuple[Rows, ...]) -> Rows:
     first, *more = rows
     assert all(other.tensor == first.tensor for other in more)
     return replace(first, count=sum(each.count for each in rows))
-
-
-def _type_of(shape: tuple[int, ...], kind: GGMLType) -> GGMLType:
-    if len(shape) < 2:
-        return GGMLType.F32
-    return GGMLType.F16 if shape[-1] % BLOCK_SIZES[kind].elements else kind

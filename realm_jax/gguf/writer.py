@@ -84,6 +84,11 @@ def raw_metadata(path: Path) -> dict[str, bytes]:
         return found
 
 
+def unsplit_metadata(path: Path) -> dict[str, bytes]:
+    """As `raw_metadata`, without what only the parts of a split file say."""
+    return {key: value for key, value in raw_metadata(path).items() if not key.startswith("split.")}
+
+
 def write(
     path: Path,
     metadata: Mapping[str, bytes],

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from realm_jax.kernels.reference import product
 from realm_jax.nodes import Kernel
 
 
@@ -68,4 +69,4 @@ class Adapted:
 
 
 def _product(x: Float[Array, "*lead I"], weight: Float[Array, "O I"]) -> Float[Array, "*lead O"]:
-    return jnp.einsum("...i,oi->...o", x, weight, precision=jax.lax.Precision.HIGHEST)
+    return product("...i,oi->...o", x, weight)

@@ -11,9 +11,12 @@ import numpy as np
 CHUNK = 2**18
 
 
-def for_each_chunk(task: Callable[[slice], None], blocks: int, elements: int) -> None:
-    """`task` has run for every chunk of `blocks` blocks of `elements` values; NumPy's loops leave the GIL."""
-    size = CHUNK // elements
+def for_each_chunk(task: Callable[[slice], None], blocks: int, elements: int, values: int = CHUNK) -> None:
+    """`task` has run for every chunk of `blocks` blocks of `elements` values; NumPy's loops leave the GIL.
+
+    values: those of a chunk, more than a block has.
+    """
+    size = values // elements
     chunks = [slice(start, start + size) for start in range(0, blocks, size)]
 
     def run(chunk: slice) -> None:

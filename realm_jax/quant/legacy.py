@@ -1,7 +1,6 @@
 """Blocks of 32 values with one scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1 (ggml-quants.c)."""
 
 import numpy as np
-from jaxtyping import Float32, UInt8
 
 from realm_jax.ggml import GGMLType
 from realm_jax.quant.formats import NATURAL, BlockFormat, Parts, planes
@@ -55,17 +54,3 @@ FORMATS = {
     # `s`, the sum of the values, serves ggml's dot products only.
     GGMLType.Q8_1: BlockFormat(32, np.dtype([SCALE, ("s", "<f2"), BYTES]), q8),
 }
-
-
-@np.errstate(all="ignore")  # infinite and NaN weights are values like others
-def quantize_q4_0(values: Float32[np.ndarray, "O I"]) -> UInt8[np.ndarray, "O bytes"]:
-    """The rows as blocks of Q4_0, bit for bit as gguf-py makes them: the largest magnitude becomes -8."""
-    blocks = values.reshape(-1, 32)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
-    scales = largest / np.float32(-8)
-    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = (blocks * inverse + np.float32(8.5)).astype(np.uint8).clip(0, 15)
-    out = np.empty((len(blocks), 18), np.uint8)
-    out[:, :2] = scales.astype("<f2").view(np.uint8)
-    out[:, 2:] = codes[:, :16] | codes[:, 16:] << 4
-    return out.reshape(len(values), -1)

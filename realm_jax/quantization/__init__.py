@@ -1,1 +1,1 @@
-"""Model files in smaller types: which tensor gets which, the importance of columns, and the writing."""
+"""Model files written anew: in other types, by the importance of columns, and with adapters folded in."""

@@ -15,61 +15,9 @@ import numpy as np
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.gguf import TensorInfo
 from realm_jax.metadata import Metadata
+from realm_jax.quantization.file_types import PLAIN, FileType, is_quantizable
 
 T = GGMLType
-
-
-@dataclass(frozen=True)
-class FileType:
-    """A choice of types. number: `general.file_type`. kind: of most matrices."""
-
-    name: str
-    number: int
-    kind: GGMLType
-    is_pure: bool = False  # all matrices but the head
-
-
-FILE_TYPES = {
-    each.name: each
-    for each in (
-        FileType("F32", 0, T.F32),
-        FileType("F16", 1, T.F16),
-        FileType("BF16", 32, T.BF16),
-        FileType("Q4_0", 2, T.Q4_0),
-        FileType("Q4_1", 3, T.Q4_1),
-        FileType("Q5_0", 8, T.Q5_0),
-        FileType("Q5_1", 9, T.Q5_1),
-        FileType("Q8_0", 7, T.Q8_0),
-        FileType("Q2_K", 10, T.Q2_K),
-        FileType("Q2_K_S", 21, T.Q2_K),
-        FileType("Q3_K_S", 11, T.Q3_K),
-        FileType("Q3_K_M", 12, T.Q3_K),
-        FileType("Q3_K_L", 13, T.Q3_K),
-        FileType("Q4_K_S", 14, T.Q4_K),
-        FileType("Q4_K_M", 15, T.Q4_K),
-        FileType("Q5_K_S", 16, T.Q5_K),
-        FileType("Q5_K_M", 17, T.Q5_K),
-        FileType("Q6_K", 18, T.Q6_K),
-        FileType("IQ4_NL", 25, T.IQ4_NL),
-        FileType("MXFP4_MOE", 38, T.MXFP4),
-        FileType("MXFP4", 38, T.MXFP4, is_pure=True),
-    )
-}
-ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-
-# A type of blocks of 256 -> one of 32, for rows that are no multiple of 256.
-SMALLER_BLOCKS = {T.Q2_K: T.Q4_0, T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
-
-# Parts of names of matrices that stay as they are: small, or not multiplied.
-KEPT = (
-    *("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel"),
-    *("per_layer_model_proj", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv.weight"),
-    *("indexer.k_proj.weight", "indexer.q_proj.weight", "attn_rel_b.weight"),
-    *(f"time_mix_{part}.weight" for part in ("first", "w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2")),
-    *(f"time_mix_{part}.weight" for part in ("g1", "g2", "decay_w1", "decay_w2", "lerp_fused")),
-)
-
-INTEGERS = (T.I8, T.I16, T.I32, T.I64)  # tables, not weights
 
 
 class Role(Enum):
@@ -243,13 +191,13 @@ class Mix:
         asked = self.head if asked is None and is_head else asked
         if asked is not None:
             return asked
-        if self.is_pure or kind in (T.F32, T.F16, T.BF16):
+        if self.is_pure or kind in PLAIN:
             return kind
         if is_head:
             return self._head(info.shape[-1])
         if kind is T.MXFP4:
             is_expert = len(info.shape) > 2 and info.shape[-3] > 1
-            return kind if is_expert or self.file_type.is_pure else T.Q8_0
+            return kind if is_expert or self.file_type.is_uniform else T.Q8_0
         return self._by_rules(role, place)
 
     def _head(self, inputs: int) -> GGMLType:
@@ -267,21 +215,6 @@ class Mix:
         kind = next(holding, self.file_type.kind)
         is_small = role is Role.ATTENTION_V and f.is_70b and kind in (T.Q3_K, T.Q4_K)
         return T.Q5_K if is_small else kind
-
-
-def fitting(kind: GGMLType, inputs: int) -> GGMLType:
-    """The type, or the one that stands in for it where rows of `inputs` are no multiple of its block."""
-    for each in (kind, SMALLER_BLOCKS.get(kind, kind)):
-        if inputs % BLOCK_SIZES[each].elements == 0:
-            return each
-    return T.F16
-
-
-def is_quantizable(info: TensorInfo) -> bool:
-    """Whether files of another type hold this tensor in another type: matrices that are multiplied."""
-    is_matrix = len(info.shape) - next((i for i, n in enumerate(info.shape) if n > 1), len(info.shape)) > 1
-    is_kept = info.ggml_type in INTEGERS or any(part in info.name for part in KEPT)
-    return is_matrix and info.name.endswith("weight") and not is_kept
 
 
 def _role(name: str) -> Role:

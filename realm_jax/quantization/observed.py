@@ -6,7 +6,7 @@ the sums over its rows to an `Observer`, which adds them up on the host.
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,13 +126,13 @@ def observed(params: Params, config: ModelConfig, observer: Observer) -> Params:
             here += [f"{part.name}.weight" for part in parameter.parts if not part.expert]
     for path, here in names.items():
         *parents, leaf = path
-        inner = functools.reduce(lambda tree, key: tree[key], parents, found)
+        inner = _at(found, parents)
         if parents[-1] == "experts" or len(inner[leaf].shape) != 2:  # a matrix a head is not observed
             continue
         inner[leaf] = Observed(inner[leaf], observer.place(here, 1, inner[leaf].shape[0]), observer)
     for path in {path[:-1] for path in names if path[-2] == "experts"}:
         *parents, leaf = path
-        inner = functools.reduce(lambda tree, key: tree[key], parents, found)
+        inner = _at(found, parents)
         node: Experts = inner[leaf]
         assert isinstance(node, EachExpert | GroupedExperts)
         count, hidden, features = node.shape
@@ -145,6 +145,11 @@ def observed(params: Params, config: ModelConfig, observer: Observer) -> Params:
     return found
 
 
+def _at(params: Params, path: Sequence[str]) -> Params:
+    """The part of the params in which what the path leads to stands."""
+    return functools.reduce(lambda tree, key: tree[key], path, params)
+
+
 def _without_expert(path: tuple[str, ...]) -> tuple[str, ...]:
     """The path of a parameter of experts without the expert's number."""
     return path[:-1] if len(path) > 2 and path[-3] == "experts" else path
@@ -155,7 +160,7 @@ def observe(
     params: Params,
     numerics: Numerics,
     windows: Sequence[Sequence[int]],
-    on_window: Any = None,
+    on_window: Callable[[int], None] | None = None,
 ) -> Mapping[str, Squares]:
     """What the projections of the layers see of the windows' tokens, each window by itself.
 

@@ -2,10 +2,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -15,10 +15,11 @@ from realm_jax.ggml import GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.quant import FORMATS, BlockFormat, dequantize
 from realm_jax.quant.encoding import CHUNK, encode
+from realm_jax.quantization.file_types import FileType, fitting
 from realm_jax.quantization.importance import ImportanceMatrix
-from realm_jax.quantization.mixes import Facts, FileType, Mix, fitting
+from realm_jax.quantization.mixes import Facts, Mix
+from realm_jax.quantization.rewriting import Progress, rewrite
 
-QUANTIZATION_VERSION = 2
 AHEAD = 8
 """Chunks a thread that are encoded before they are written."""
 
@@ -64,7 +65,8 @@ class Quantization:
     @property
     def fallbacks(self) -> dict[str, tuple[GGMLType, GGMLType]]:
         """The wanted and the actual type where they differ."""
-        return {n: (kind, self.types[n]) for n, kind in self.wanted.items() if kind is not self.types[n]}
+        pairs = {name: (kind, self.types[name]) for name, kind in self.wanted.items()}
+        return {name: pair for name, pair in pairs.items() if pair[0] is not pair[1]}
 
     @property
     def unweighted(self) -> list[str]:
@@ -97,38 +99,28 @@ class Quantization:
                     f"Q2_K_S needs the importance of {info.name} (give --imatrix, or take Q2_K)"
                 )
 
-    def write(self, path: Path, progress: Callable[[str], None] | None = None) -> None:
+    def write(self, path: Path, progress: Progress | None = None) -> None:
         """`path` holds the model in its new types, with its metadata.
 
         Raises RequestError as `check`, ModelFileError for values that cannot be rounded.
         """
         self.check()
-        infos = list(self.file.tensors.values())
-        plans = [writer.TensorPlan(info.name, info.shape, self.types[info.name]) for info in infos]
         threads = self.threads or os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
-
-            def tensors() -> Iterator[Iterator[writer.Chunk]]:
-                for info in infos:
-                    if progress is not None:
-                        progress(info.name)
-                    yield self._chunks(info, pool, AHEAD * threads)
-                    self.file.release(info.name)
-
-            alignment = self.file.metadata.get("general.alignment", 32)
-            writer.write(path, self._metadata(), plans, tensors(), alignment=alignment)
+            chunks = partial(self._chunks, pool, AHEAD * threads)
+            rewrite(self.file, path, self._metadata(), self.types, chunks, progress)
 
     def _metadata(self) -> dict[str, bytes]:
         """The file's, byte for byte; the result is in one part, and says its new type."""
-        raw = writer.raw_metadata(self.file.split_paths[0])
-        kept = {key: value for key, value in raw.items() if not key.startswith("split.")}
-        kept["general.file_type"] = writer.count_value(self.file_type.number)
-        kept["general.quantization_version"] = writer.count_value(QUANTIZATION_VERSION)
-        return kept | (self.importance.metadata() if self.importance is not None else {})
+        kept = writer.unsplit_metadata(self.file.split_paths[0])
+        seen = {} if self.importance is None else self.importance.metadata()
+        return kept | self.file_type.metadata() | seen
 
-    def _chunks(self, info: TensorInfo, pool: ThreadPoolExecutor, ahead: int) -> Iterator[writer.Chunk]:
-        """The tensor's new bytes, some rows at a time."""
-        kind, data = self.types[info.name], self.file.data(info.name)
+    def _chunks(
+        self, pool: ThreadPoolExecutor, ahead: int, info: TensorInfo, kind: GGMLType
+    ) -> Iterator[writer.Chunk]:
+        """The tensor's bytes in this type, some rows at a time."""
+        data = self.file.data(info.name)
         if kind is info.ggml_type:
             yield data.data
             return

@@ -15,9 +15,10 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from realm_jax.errors import RequestError, UnsupportedError
-from realm_jax.llm import LLM, Prompt, as_batch
+from realm_jax.llm import LLM
 from realm_jax.model import Transformer, hidden_states, next_token_logits
 from realm_jax.parallel import ShardedTransformer
+from realm_jax.prompts import Prompt, as_batch
 from realm_jax.research.observed import observed
 from realm_jax.research.probe import Probe, as_tree
 from realm_jax.sequence_cache import empty_caches
@@ -106,14 +107,14 @@ def run(
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
     edits = {name: as_tree(function) for name, function in (edit or {}).items()}
-    names = tuple(capture) if not isinstance(capture, str) else capture
-    found = _compiled(llm.transformer, llm.model.params, tokens, names, edits)
+    captured = capture if isinstance(capture, str) else tuple(capture)  # a text is refused, by its name
+    found = _compiled(llm.transformer, llm.model.params, tokens, captured, edits)
     return found.replace(lengths=jnp.asarray(lengths))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _compiled(
-    model: Transformer, params: Params, tokens: Array, capture: tuple[str, ...], edit: dict[str, Any]
+    model: Transformer, params: Params, tokens: Array, capture: Sequence[str], edit: dict[str, Any]
 ) -> Forward:
     return forward(model, params, tokens, capture=capture, edit=edit)
 

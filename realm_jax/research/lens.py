@@ -1,4 +1,4 @@
-"""What activations mean in tokens: the logit lens, log-probabilities, what each head looks at.
+"""What activations mean in tokens: the logit lens, and log-probabilities.
 
 L layers, B sequences, T tokens, D hidden, V vocabulary, A best tokens.
 """

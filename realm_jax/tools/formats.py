@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from realm_jax.tools.definitions import Function, Toolset
 
@@ -69,9 +69,9 @@ def quoted(text: str) -> str:
     return json.dumps(text) if text else ""
 
 
-def _listed(name: str, opens: str, closes: str | None = None, **more: int | str) -> CallFormat:
+def _listed(name: str, opens: str, closes: str | None = None) -> CallFormat:
     """Calls in a JSON list."""
-    return CallFormat(name, opens, "[", between=", ", last="]" + (closes or ""), closes=closes, **more)  # pyright: ignore[reportArgumentType]
+    return CallFormat(name, opens, "[", between=", ", last="]" + (closes or ""), closes=closes)
 
 
 HERMES = CallFormat(
@@ -84,7 +84,7 @@ HERMES = CallFormat(
 )
 FORMATS = (
     HERMES,  # Qwen 2.5 and 3, Hermes, Granite 4
-    _listed("mistral", "[TOOL_CALLS]", id_prefix="", id_length=9),  # its templates refuse other ids
+    replace(_listed("mistral", "[TOOL_CALLS]"), id_prefix="", id_length=9),  # its templates refuse others
     _listed("apriel", "<tool_calls>", "</tool_calls>"),
     _listed("nemotron", "<TOOLCALL>", "</TOOLCALL>"),
     CallFormat("llama", None, arguments="parameters"),  # 3.x

@@ -92,17 +92,19 @@ class CallReader:
         self._is_ending = True
         while self._state():
             pass
-        if self._state in (self._arguments, self._tail):
-            self.is_cut = self._state == self._arguments
-        else:
-            is_open = self._state in (self._object, self._opened)
-            is_cut = self._state == self._opened and self._has_read  # within what closes the calls
-            self._content(
-                "" if is_cut else (self._raw if is_open and not self._has_read else "") + self._rest
-            )
+        self.is_cut = self._state == self._arguments
+        if self._state not in (self._arguments, self._tail):
+            self._content(self._left())
             if self.calls == 0 and self._space:
                 self._out.append(Content(self._space))
         return self._taken()
+
+    def _left(self) -> str:
+        """What turned out to be text, when no more follows."""
+        if self._has_read and self._state == self._opened:  # within what closes the calls
+            return ""
+        is_open = self._state in (self._object, self._opened)
+        return self._raw + self._rest if is_open and not self._has_read else self._rest
 
     def _taken(self) -> list[Piece]:
         found, self._out = self._out, []

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from realm_jax.errors import ModelFileError
-from realm_jax.ggml import GGMLType
+from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.quant import FORMATS
+from realm_jax.quant.chunks import for_each_chunk
 from realm_jax.quant.encoding import kquants, legacy, small_tables
 from realm_jax.quant.formats import BlockFormat, CastFormat
 
@@ -65,6 +66,25 @@ def encode(
     if not np.isfinite(stored).all():
         raise ModelFileError(too_large)
     return encoded
+
+
+def tensor_bytes(name: str, values: Float32[np.ndarray, "*shape"], ggml_type: GGMLType) -> bytes:
+    """The tensor's bytes in this type, of which its rows are whole blocks; all processors compute.
+
+    Raises ModelFileError as `encode`, with the name before what is wrong.
+    """
+    block = BLOCK_SIZES[ggml_type]
+    blocks = values.reshape(-1, block.elements)
+    out = np.empty((len(blocks), block.nbytes), np.uint8)
+
+    def encode_chunk(chunk: slice) -> None:
+        out[chunk] = encode(blocks[chunk], ggml_type)
+
+    try:
+        for_each_chunk(encode_chunk, len(blocks), block.elements, CHUNK)
+    except ModelFileError as error:
+        raise ModelFileError(f"{name}: {error}") from None
+    return out.tobytes()
 
 
 def _factors(encoded: np.ndarray, ggml_type: GGMLType) -> np.ndarray:

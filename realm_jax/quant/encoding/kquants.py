@@ -7,10 +7,19 @@ the codes are made anew for what was stored. An importance matrix weights the se
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 
 from realm_jax.ggml import GGMLType
-from realm_jax.quant.encoding.layout import blocked, grouped, packed, six_bit_bytes
+from realm_jax.quant.encoding.layout import (
+    Bytes,
+    Importance,
+    Rows,
+    as_rows,
+    blocked,
+    grouped,
+    packed,
+    six_bit_bytes,
+)
 from realm_jax.quant.encoding.search import (
     ALL_ZERO,
     F,
@@ -28,10 +37,6 @@ from realm_jax.quant.kquants import FORMATS
 
 BLOCK = 256
 WEIGHTED_TRIES = Tries(-0.9, 0.05, 36)
-
-Rows = Float32[np.ndarray, "R I"]
-Importance = Float32[np.ndarray, " I"] | None
-Bytes = UInt8[np.ndarray, "R bytes"]
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,14 @@ def q2_k(rows: Rows, importance: Importance) -> Bytes:
     out, codes, scales, minima = _affine_blocks(rows, Q2_K, weights, plain, GGMLType.Q2_K)
     out["scales"] = scales | minima << 4
     out["qs"] = packed(codes, run=32, width=2)
-    return _as_rows(out, rows)
+    return as_rows(out, rows)
 
 
 def q4_k(rows: Rows, importance: Importance) -> Bytes:
     out, codes, scales, minima = _six_bit_blocks(rows, importance, Q4_K, GGMLType.Q4_K)
     out["scales"] = six_bit_bytes(scales, minima)
     out["qs"] = packed(codes, run=32, width=4)
-    return _as_rows(out, rows)
+    return as_rows(out, rows)
 
 
 def q5_k(rows: Rows, importance: Importance) -> Bytes:
@@ -74,7 +79,7 @@ def q5_k(rows: Rows, importance: Importance) -> Bytes:
     out["scales"] = six_bit_bytes(scales, minima)
     out["qh"] = packed(codes >> 4, run=32, width=1)
     out["qs"] = packed(codes, run=32, width=4)
-    return _as_rows(out, rows)
+    return as_rows(out, rows)
 
 
 def q3_k(rows: Rows, importance: Importance) -> Bytes:
@@ -94,7 +99,7 @@ def q3_k(rows: Rows, importance: Importance) -> Bytes:
     codes = _codes_again(values, step, None, codes, -4, 3)
     out["hmask"] = packed(codes >> 2, run=32, width=1)
     out["qs"] = packed(codes, run=32, width=2)
-    return _as_rows(out, rows)
+    return as_rows(out, rows)
 
 
 def q6_k(rows: Rows, importance: Importance) -> Bytes:
@@ -109,7 +114,7 @@ def q6_k(rows: Rows, importance: Importance) -> Bytes:
     out["ql"] = packed(codes, run=64, width=4)
     out["qh"] = packed(codes >> 4, run=32, width=2)
     out[np.abs(scale).reshape(-1, 16).max(axis=1) < ALL_ZERO] = 0
-    return _as_rows(out, rows)
+    return as_rows(out, rows)
 
 
 def _six_bit_blocks(
@@ -193,10 +198,6 @@ def _stored(factor: np.ndarray) -> np.ndarray:
 
 def _empty(rows: Rows, kind: GGMLType) -> np.ndarray:
     return np.empty(rows.size // BLOCK, FORMATS[kind].layout)
-
-
-def _as_rows(blocks: np.ndarray, rows: Rows) -> Bytes:
-    return blocks.view(np.uint8).reshape(len(rows), -1)
 
 
 ENCODERS = {

@@ -3,6 +3,11 @@
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+Rows = Float32[np.ndarray, "R I"]
+Importance = Float32[np.ndarray, " I"] | None
+"""How much the square of an error counts in each column."""
+Bytes = UInt8[np.ndarray, "R bytes"]
+
 
 def grouped(rows: Float32[np.ndarray, "R I"], size: int) -> Float32[np.ndarray, "size G"]:
     """Value i of every group of `size` neighbours in row i."""
@@ -30,3 +35,8 @@ def six_bit_bytes(
     """Eight scales and eight minima of 6 bits in 12 bytes, as `kquants.six_bit_scales` reads them."""
     first = [each[:, :4] | (each[:, 4:] >> 4 << 6) for each in (scales, minima)]
     return np.hstack([*first, (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4])
+
+
+def as_rows(blocks: np.ndarray, rows: Rows) -> Bytes:
+    """The bytes of the blocks that the rows became."""
+    return blocks.view(np.uint8).reshape(len(rows), -1)

@@ -4,20 +4,16 @@ Without an importance matrix the extremes of a block decide; with one, the searc
 """
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
 
 from realm_jax.ggml import GGMLType
-from realm_jax.quant.encoding.layout import blocked, grouped, packed
+from realm_jax.quant.encoding.layout import Bytes, Importance, Rows, as_rows, blocked, grouped, packed
 from realm_jax.quant.encoding.search import F, Tries, Values, affine, signed_largest, symmetric
 from realm_jax.quant.int8 import quantize_q8_0
 from realm_jax.quant.legacy import FORMATS
 
 BLOCK = 32
 TRIES = Tries(-0.9, 0.05, 36)
-
-Rows = Float32[np.ndarray, "R I"]
-Importance = Float32[np.ndarray, " I"] | None
-Bytes = UInt8[np.ndarray, "R bytes"]
 
 
 def q4_0(rows: Rows, importance: Importance) -> Bytes:
@@ -87,7 +83,7 @@ def _blocks(rows: Rows, kind: GGMLType, codes: np.ndarray, **factors: np.ndarray
     out["qs"] = packed(whole, run=16, width=4)
     if "qh" in (layout.names or ()):
         out["qh"] = np.packbits(whole >> 4, axis=1, bitorder="little")
-    return out.view(np.uint8).reshape(len(rows), -1)
+    return as_rows(out, rows)
 
 
 ENCODERS = {

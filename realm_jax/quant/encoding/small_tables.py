@@ -1,19 +1,14 @@
 """Rows as blocks of 32 indices into a table: IQ4_NL and MXFP4, with ggml's bits (ggml-quants.c)."""
 
 import numpy as np
-from jaxtyping import Float32, UInt8
 
 from realm_jax.ggml import GGMLType
-from realm_jax.quant.encoding.layout import blocked, grouped, packed
+from realm_jax.quant.encoding.layout import Bytes, Importance, Rows, as_rows, blocked, grouped, packed
 from realm_jax.quant.encoding.search import ALL_ZERO, F, quotient, signed_largest, total
 from realm_jax.quant.small_tables import E2M1, E8M0, FORMATS, IQ4
 
 BLOCK = 32
 TRIES = 7  # on each side of the first scale
-
-Rows = Float32[np.ndarray, "R I"]
-Importance = Float32[np.ndarray, " I"] | None
-Bytes = UInt8[np.ndarray, "R bytes"]
 
 LOW, HIGH = IQ4[0], IQ4[-1]
 _DOUBLED = np.add(IQ4[1:], IQ4[:-1])  # twice the borders between neighbours: whole numbers
@@ -36,7 +31,7 @@ def iq4_nl(rows: Rows, importance: Importance) -> Bytes:
     out = np.empty(rows.size // BLOCK, FORMATS[GGMLType.IQ4_NL].layout)
     out["d"] = scale[:, None]
     out["qs"] = packed(blocked(NEAREST[_places(values, inverse)], BLOCK), run=16, width=4)
-    return out.view(np.uint8).reshape(len(rows), -1)
+    return as_rows(out, rows)
 
 
 def _searched(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -84,7 +79,7 @@ def mxfp4(rows: Rows, importance: Importance) -> Bytes:
     out = np.empty(len(values), FORMATS[GGMLType.MXFP4].layout)
     out["e"] = exponent[:, None]
     out["qs"] = packed(codes, run=16, width=4)
-    return out.view(np.uint8).reshape(len(rows), -1)
+    return as_rows(out, rows)
 
 
 ENCODERS = {GGMLType.IQ4_NL: iq4_nl, GGMLType.MXFP4: mxfp4}

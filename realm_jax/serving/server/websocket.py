@@ -42,7 +42,6 @@ URLS = {"generate": COMPLETIONS, "chat": CHAT}
 FUNCTIONS = (*URLS, "authenticate", "health", "metadata", "cancel")
 KNOWN = ("id", "function", "params", "tenant_id")
 MAX_ID = 128
-TRY_AGAIN_LATER = 1013  # RFC 6455's registry: the status of a close
 
 Status = Literal["streaming", "complete", "error", "cancelled"]
 Id = str | int
