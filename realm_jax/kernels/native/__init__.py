@@ -17,6 +17,8 @@ TARGETS = (
     "realm_matmul",
     "realm_matmul_bf16",
     "realm_rms_norm",
+    "realm_grouped_matmul",
+    "realm_grouped_matmul_bf16",
     "realm_rotate",
     "realm_attention",
     "realm_cache_write",

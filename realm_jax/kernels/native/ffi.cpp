@@ -1,5 +1,5 @@
-// The operations as XLA custom calls: arguments checked, work divided over XLA's threads. Those of the cache
-// are in ffi_cache.cpp.
+// The operations as XLA custom calls: arguments checked, work divided over XLA's threads. Products are in
+// ffi_matmul.cpp, those of the cache in ffi_cache.cpp.
 #include "ffi.h"
 
 #include <cstdlib>
@@ -43,47 +43,6 @@ void* shared_scratch(size_t bytes) { return shared.at_least(bytes); }
 const Kernels* kernels = nullptr;
 
 namespace {
-
-ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> tiles, ffi::ResultBuffer<ffi::F32> y,
-                    int64_t group, int64_t super_group, int64_t bits, int64_t offset, ffi::Span<const uint8_t> table,
-                    bool is_float32, bool has_bytes, bool has_minimum) {
-  if (x.dimensions().size() != 2 || y->dimensions().size() != 2) return invalid("realm_matmul: x and y must be matrices");
-  const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
-  const int64_t count = (outputs + LANES - 1) / LANES;
-  if (bits != 4 && bits != 8) return invalid("realm_matmul: codes have 4 or 8 bits");
-  if (table.size() != 0 && (table.size() != 16 || bits != 4)) return invalid("realm_matmul: a table is of 16 codes, for 4-bit indices");
-  if (super_group <= 0 || (group != 16 && group != 32) || super_group % group != 0 || inputs % BLOCK != 0 || inputs % super_group != 0)
-    return invalid("realm_matmul: inputs are no whole groups");
-  Product p;
-  p.weights = {tiles.typed_data(), outputs, inputs, group, super_group, table.size() == 16 ? table.begin() : nullptr,
-               bits == 4, is_float32, has_bytes, has_minimum};
-  if (!has_shape(tiles, {count, p.weights.record()}) || !has_shape(*y, {M, outputs}))
-    return invalid("realm_matmul: the tiles do not fit x and y");
-  const int64_t scales = M * (inputs / BLOCK), sums = M * (inputs / group);
-  auto* memory = static_cast<float*>(shared_scratch(static_cast<size_t>(4 * (scales + 2 * sums) + M * inputs)));
-  p.rows = {x.typed_data(), reinterpret_cast<int8_t*>(memory + scales + 2 * sums), memory, memory + scales,
-            reinterpret_cast<int32_t*>(memory + scales + sums), inputs, group, static_cast<int32_t>(offset)};
-  p.y = y->typed_data();
-  p.count = M;
-  parallel_for(pool, M, grain_of(M, inputs), [&](int64_t first, int64_t last) { kernels->quantize(p.rows, first, last); });
-  const int64_t grain = M < 8 ? stream_of(pool, count, inputs * LANES) : grain_of(count, inputs * LANES * (M / 4));
-  parallel_for(pool, count, grain, [&](int64_t first, int64_t last) { kernels->multiply(p, first, last); });
-  return ffi::Error::Success();
-}
-
-ffi::Error multiply_half(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
-                         ffi::ResultBuffer<ffi::F32> y) {
-  if (x.dimensions().size() != 2 || y->dimensions().size() != 2) return invalid("realm_matmul_bf16: x and y must be matrices");
-  const int64_t M = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
-  if (inputs % BLOCK != 0) return invalid("realm_matmul_bf16: inputs must be a multiple of 32");
-  if (weight.element_type() != ffi::BF16 || !has_shape(weight, {outputs, inputs}) || !has_shape(*y, {M, outputs})) return invalid("realm_matmul_bf16: the weight does not fit x and y");
-  auto* pairs = static_cast<uint32_t*>(shared_scratch(static_cast<size_t>(2 * M * inputs)));
-  HalfProduct p{static_cast<const uint16_t*>(weight.untyped_data()), pairs, x.typed_data(), y->typed_data(), M, outputs, inputs};
-  parallel_for(pool, M, grain_of(M, inputs), [&](int64_t first, int64_t last) { kernels->to_pairs(p, first, last); });
-  const int64_t grain = ((M < 8 ? stream_of(pool, outputs, inputs) : grain_of(outputs, inputs * (M / 4))) + 3) / 4 * 4;
-  parallel_for(pool, outputs, grain, [&](int64_t first, int64_t last) { kernels->multiply_half(p, first, last); });
-  return ffi::Error::Success();
-}
 
 ffi::Error normalize(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> y, float eps) {
   const int64_t features = static_cast<int64_t>(scale.element_count());
@@ -152,28 +111,6 @@ extern "C" const char* realm_select(const char* name) {
 extern "C" int realm_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
 namespace ffi = xla::ffi;
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_matmul, realm::multiply,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("group")
-                                  .Attr<int64_t>("super_group")
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("offset")
-                                  .Attr<ffi::Span<const uint8_t>>("table")
-                                  .Attr<bool>("is_float32")
-                                  .Attr<bool>("has_bytes")
-                                  .Attr<bool>("has_minimum"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_matmul_bf16, realm::multiply_half,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(realm_rms_norm, realm::normalize,
                               ffi::Ffi::Bind()
