@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import count_compilations
 from test_engine import GREEDY, mixed_requests, random_prompt, said
-from tiny import VOCAB
+from tiny import VOCAB, write_model
 
-from realm_jax import LLM, CapacityError, RequestError, SamplingParams
+from realm_jax import LLM, CapacityError, RequestError, SamplingParams, gguf
 from realm_jax.buckets import Pool
 from realm_jax.cache import Int8Cache, empty_cache
 from realm_jax.config import TILE, Numerics
@@ -45,15 +45,22 @@ def requests_with_headers(count: int) -> tuple[list[list[int]], list[SamplingPar
     return prompts, params
 
 
+@pytest.fixture(scope="module")
+def normed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with norms of queries and keys, all heads of which share one of keys."""
+    path = tmp_path_factory.mktemp("normed") / "model.gguf"
+    return write_model(path, architecture="qwen3", qk_norm=True, kv_heads=1)
+
+
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("auto", "int8")])
-def test_64_requests_in_any_order_give_the_same_bytes(tiny_model: Path, dtype: str, kv_dtype: str) -> None:
+def test_64_requests_in_any_order_give_the_same_bytes(normed: Path, dtype: str, kv_dtype: str) -> None:
     """Alone without prefix reuse; then shuffled, with it, on few slots and on many."""
     tokens = 512 if dtype == "float32" else 256  # eight tiles a call, or four
     options: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "max_num_batched_tokens": tokens}
     prompts, params = requests_with_headers(64)
-    lonely = LLM(tiny_model, max_num_seqs=8, prefix_caching=False, **options)  # the shapes of few slots
+    lonely = LLM(normed, max_num_seqs=8, prefix_caching=False, **options)  # the shapes of few slots
     alone = [bits(lonely.generate([p], q)[0]) for p, q in zip(prompts, params, strict=True)]
-    few, many = (LLM(tiny_model, max_num_seqs=slots, **options) for slots in (8, 32))
+    few, many = (LLM(normed, max_num_seqs=slots, **options) for slots in (8, 16))
     for llm in (few, many):
         order = rng.sample(range(64), 64)
         outputs = llm.generate([prompts[i] for i in order], [params[i] for i in order])
@@ -61,16 +68,39 @@ def test_64_requests_in_any_order_give_the_same_bytes(tiny_model: Path, dtype: s
         assert sum(output.usage.cached_tokens for output in outputs) > 0
 
 
-def test_deterministic_runs_one_shape_and_says_the_same(tiny_model: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_default_model_batched_is_alone(default_model: Path, dtype: str) -> None:
+    llm = LLM(default_model, dtype=dtype, ctx_size=512, max_num_seqs=16)
+    subjects = ("France", "a fox", "prime numbers", "the sea", "bread", "chess", "rain", "a very long road")
+    prompts = [f"Tell me about {subject}." for subject in subjects]
+    params = [replace(p, max_tokens=8) for p in mixed_requests(3, count=len(prompts))[1]]
+    together = llm.generate(prompts, params)
+    alone = [llm.generate([p], q)[0] for p, q in zip(prompts, params, strict=True)]
+    assert [said(o) for o in together] == [said(o) for o in alone]
+
+
+def test_chunked_prefill_is_one_forward_pass(tiny_model: Path) -> None:
+    """Logits over several chunks equal those of every prefix's own chunk."""
+    llm = LLM(tiny_model, dtype="float32")
+    prompt = random_prompt(random.Random(0), 700)
+    whole = llm.logits(prompt)
+    for length in (1, 32, 33, 256, 257, 513):
+        np.testing.assert_array_equal(llm.logits(prompt[:length])[-1], whole[length - 1])
+
+
+def test_deterministic_runs_one_shape_and_says_the_same(normed: Path) -> None:
     prompts, params = mixed_requests(2, 12)
-    fixed = LLM(tiny_model, deterministic=True)
-    plain = LLM(tiny_model)
+    fixed, plain = (
+        LLM(normed, max_num_seqs=8, max_num_batched_tokens=256, deterministic=each) for each in (True, False)
+    )
     together = fixed.generate(prompts, params)
     assert [said(o) for o in together] == [said(o) for o in plain.generate(prompts, params)]
     assert sum("prefill" in name or "decode" in name for name in fixed.engine.programs) == 2
     assert len(plain.engine.programs) > 2
 
 
+@pytest.mark.unoptimized
 def test_a_header_is_computed_once(tiny_model: Path) -> None:
     llm = LLM(tiny_model, max_num_seqs=4)
     header = random_prompt(rng, 5 * TILE + 7)
@@ -174,8 +204,25 @@ def test_a_timeout_ends_a_request_with_what_it_has(tiny_model: Path) -> None:
     assert said(llm.generate([[7, 8]], replace(GREEDY, max_tokens=40))[0]) == said(expected)
 
 
-def test_prompt_logprobs_are_those_of_the_logits(tiny_model: Path) -> None:
-    llm = LLM(tiny_model, dtype="float32")
+def test_nan_stays_in_its_sequence(tmp_path: Path) -> None:
+    """A sequence whose numbers are NaN leaves nothing behind in its slot."""
+    path = write_model(tmp_path / "nan.gguf")
+    data = bytearray(path.read_bytes())
+    with gguf.open(path) as file:
+        info = file.tensors["token_embd.weight"]
+        row = bytes(file.data(info.name)[-info.nbytes // VOCAB :])
+    at = data.index(row)
+    data[at : at + len(row)] = np.full(len(row) // 4, np.nan, np.float32).tobytes()
+    path.write_bytes(data)
+    for dtype in ("float32", "bfloat16"):
+        llm = LLM(path, dtype=dtype, max_num_seqs=1)
+        clean = said(llm.generate([[5, 6, 7]], GREEDY)[0])
+        llm.generate([[VOCAB - 1] * 40], GREEDY)
+        assert said(llm.generate([[5, 6, 7]], GREEDY)[0]) == clean
+
+
+def test_prompt_logprobs_are_those_of_the_logits(normed: Path) -> None:
+    llm = LLM(normed, dtype="float32", max_num_seqs=8, max_num_batched_tokens=512)
     for length in (2, 64, 65, 130, 600):
         prompt = random_prompt(rng, length)
         for most in (0, 3):

@@ -107,7 +107,7 @@ def test_speculative_is_plain(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["stories260K", "default"])
+@pytest.mark.parametrize("which", [pytest.param("stories260K", marks=pytest.mark.unoptimized), "default"])
 def test_trained_models_say_what_they_say_alone(which: str, fixtures: Path, request: Any) -> None:
     """Greedy and sampled, many prompts at once, guessed from their own texts, which repeat themselves."""
     path: Path = (
@@ -132,6 +132,7 @@ def drafts_of(output: GenerationOutput) -> Any:
     return output.metrics.drafts
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("who", ["same", "ngram"])
 def test_growth_prefixes_and_aborts_leave_drafts_in_step(
     tiny_model: Path, drafts: dict[str, Path | None], who: str
