@@ -17,8 +17,6 @@ from test_websocket import ends, opened, send
 from realm_jax import LLM
 from realm_jax.serving.server.process import RealmServer
 
-pytestmark = pytest.mark.unoptimized
-
 MODEL = "smollm2-135m-instruct"
 HERE = Path(__file__).parent
 MESSAGES: list[Any] = [

@@ -115,7 +115,7 @@ def test_samples_are_independent_and_reproducible(llm: LLM) -> None:
 
 def test_a_sequence_that_outgrows_its_slot_says_the_same(tiny_model: Path) -> None:
     """Prompts just below a pool's capacity move up while they run; logits of the whole text agree."""
-    llm = LLM(tiny_model, dtype="float32")
+    llm = LLM(tiny_model, dtype="float32", max_num_seqs=4, max_num_batched_tokens=256)
     for length in (250, 255, 1020):
         prompt = random_prompt(random.Random(length), length)
         output = llm.generate([prompt], replace(GREEDY, max_tokens=16))[0]

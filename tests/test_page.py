@@ -12,8 +12,6 @@ from running_server import running
 from realm_jax import LLM
 from realm_jax.serving.server.process import RealmServer
 
-pytestmark = pytest.mark.unoptimized
-
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)"
 )
