@@ -8,6 +8,7 @@ import typer
 
 from realm_jax.cli import options, progress
 from realm_jax.cli.flags import command
+from realm_jax.cli.outputs import require_writable
 
 app = typer.Typer(
     help="Convert models: from folders of Hugging Face's form, to checkpoints of Orbax.",
@@ -41,6 +42,7 @@ def hf(
     """
     from realm_jax.convert import hf
 
+    require_writable(target, (path for path in folder.glob("*") if path.suffix != ".gguf"))
     model = hf.read(folder, kind)
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -1,13 +1,13 @@
 """`realm quantize`: a model file in another type."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from realm_jax.cli import options
+from realm_jax.cli import options, progress
+from realm_jax.cli.outputs import files_of, require_writable
 from realm_jax.errors import RequestError
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def quantize(
         for name, text in (("output-tensor", head), ("token-embedding", embedding))
     }
     with gguf.open(hub.resolve(source, offline=offline)) as file:
-        if target.exists() and any(target.samefile(part) for part in file.split_paths):
-            raise RequestError(f"{target} is the model itself; give another path")
+        require_writable(target, [*files_of(file), *filter(None, [imatrix])])
         job = Quantization(
             file,
             file_type,
@@ -93,7 +92,7 @@ def quantize(
         )
         job.check()
         _say(job)
-        job.write(target, _progress(len(file.tensors)))
+        job.write(target, progress.of_tensors(len(file.tensors)))
         print(job.summary(), file=sys.stderr)
     print(target)
 
@@ -137,15 +136,3 @@ def _say(job: "Quantization") -> None:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
-
-
-def _progress(total: int) -> Callable[[str], None]:
-    """Shows each tensor as it is begun: a bar on a terminal, else one line at the start."""
-    from rich.console import Console
-    from rich.progress import track
-
-    if not sys.stderr.isatty():
-        print(f"writing {total} tensors", file=sys.stderr)
-        return lambda _: None
-    bar = iter(track(range(total), "writing", console=Console(stderr=True), transient=True))
-    return lambda _: next(bar, None)  # pyright: ignore[reportReturnType]: what it gives is not used

@@ -47,7 +47,7 @@ class Checkpoint:
         if target.exists() or target.is_symlink():
             raise RequestError(f"{target} is there already; give another folder, or remove it")
         weights.check_tensors(self.file, read_config(self.file))
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        partial = target.parent / f"{target.name}.{os.getpid()}.partial"
         try:
             partial.mkdir(parents=True)
             self._write(partial, progress)
