@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf as gguf_py
@@ -198,6 +199,12 @@ def test_a_folder_has_its_name_from_within(directory: Path, tmp_path: Path, monk
 
 
 def test_nothing_is_left_of_one_that_failed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 16))
+        with pytest.raises(ModelFileError, match=r"takes 255,\d\d\d bytes; 65,536 are free \(make room"):
+            write(model, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,7 +1,9 @@
 """A file that cannot be made, or would take an input's place, is refused before any work."""
 
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import realm
@@ -82,6 +84,15 @@ def test_a_checkpoint_and_a_matrix_stay(here: Path, monkeypatch: pytest.MonkeyPa
 def test_a_path_without_a_name_is_an_error_of_files():
     with pytest.raises(ModelFileError, match="cannot be written"):
         writer.write(Path(), {}, [], [])
+
+
+def test_a_disk_without_room_is_told_before_the_work(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 16))
+    error = realm("quantize", here / "m.gguf", tmp_path / "out.gguf", "F16").error
+    assert "bytes; 65,536 are free (make room, or give a path on another disk)" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_padding_takes_neither_memory_nor_disk(tmp_path: Path):

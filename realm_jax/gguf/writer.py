@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import shutil
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -104,6 +105,7 @@ def write(
     """
     partial = path.parent / f"{path.name}.{os.getpid()}.partial"
     try:
+        require_room(path, sum(plan.nbytes for plan in tensors))
         with partial.open("xb") as file:
             header = _header(metadata, tensors, alignment)
             _write_aligned(file, [header], alignment)
@@ -120,6 +122,15 @@ def write(
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def require_room(path: Path, nbytes: int) -> None:
+    """So many bytes fit beside the path. Raises ModelFileError if not, OSError where there is no folder."""
+    if (free := shutil.disk_usage(path.parent).free) < nbytes:
+        raise ModelFileError(
+            f"{path}: cannot be written: it takes {nbytes:,} bytes; {free:,} are free (make room, or give a "
+            "path on another disk)"
+        )
 
 
 def _write_aligned(file: BinaryIO, chunks: Iterable[Chunk], alignment: int) -> int:
