@@ -46,6 +46,8 @@ def main() -> None:
     llm = LLM(options.model, dtype="float32", ctx_size=256)
     L = llm.model.config.num_layers
     layer = L // 2 if options.layer is None else options.layer
+    if not 0 <= layer < L:
+        parser.error(f"--layer is {layer}; the model has layers 0 to {L - 1}")
     vectors = directions(llm)
     scales = np.linspace(-options.scale, options.scale, 9, dtype=np.float32)
     found = preferences(llm, vectors, scales)

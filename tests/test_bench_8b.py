@@ -6,6 +6,8 @@ import sys
 import bench_8b
 import pytest
 
+pytestmark = pytest.mark.unoptimized
+
 SIZES = {"layers": 1, "hidden": 64, "heads": 2, "kv-heads": 1, "ffn": 128, "vocab": 300}
 LENGTHS = {"prompt": 64, "depth": 20, "tokens": 4, "batch": 1, "repeats": 1}
 

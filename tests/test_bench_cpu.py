@@ -23,6 +23,8 @@ from tiny import VOCAB, write_model
 
 from realm_jax import LLM, RequestError, gguf, quant
 
+pytestmark = pytest.mark.unoptimized
+
 ROOT = Path(__file__).parents[1]
 SHAPE = bench_models.Shape(hidden=64, layers=2, heads=4, kv_heads=2, ffn=96, vocab=VOCAB, context=256)
 CONTEXT = 192  # everything below has this length, rounded up: the programs are compiled once for all

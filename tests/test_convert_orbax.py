@@ -1,10 +1,12 @@
 """A model as a directory of Orbax's form is the model: the same bytes, or an error."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf as gguf_py
@@ -164,7 +166,45 @@ def test_an_index_that_says_else(change: Change, words: str, directory: Path, tm
             file.data(name)
 
 
+@pytest.mark.parametrize("name", ["header.gguf", "tensors/manifest.ocdbt", "tensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev")])
+def test_what_is_no_file_is_not_read(
+    name: str, make: Callable[[Path], None], directory: Path, tmp_path: Path
+):
+    """A pipe would wait for ever, and a linked folder is not counted."""
+    other = tmp_path / "other"
+    shutil.copytree(directory, other)
+    (other / name).rename(tmp_path / "moved")
+    make(other / name)
+    with pytest.raises(ModelFileError, match=f"'{name}' is neither a file nor a folder of its own"):
+        gguf.open(other)
+
+
+def test_an_index_of_any_size_is_not_parsed(directory: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(directory, other)
+    with (other / "index.json").open("r+b") as file:
+        file.truncate((16 << 20) + 1)
+    with pytest.raises(ModelFileError, match="16,777,217 bytes; the limit is 16,777,216"):
+        gguf.open(other)
+
+
+def test_a_folder_has_its_name_from_within(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    other = tmp_path / "other"
+    shutil.copytree(directory, other)
+    (other / "tensors" / "manifest.ocdbt").unlink()
+    monkeypatch.chdir(other)
+    with gguf.open(".") as file, pytest.raises(ModelFileError, match=r"^other: tensor"):
+        file.data("output.weight")
+
+
 def test_nothing_is_left_of_one_that_failed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 16))
+        with pytest.raises(ModelFileError, match=r"takes 255,\d\d\d bytes; 65,536 are free \(make room"):
+            write(model, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 

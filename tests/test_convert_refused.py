@@ -1,6 +1,7 @@
 """Folders that are broken, hostile, or say what GGUF cannot: one error that names it, and no file."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from command_line import realm
 from hf_folders import edit, golden
 from safetensors.numpy import load_file, save_file
 
-from realm_jax.convert import hf
+from realm_jax import gguf
+from realm_jax.convert import agreement, hf
 from realm_jax.errors import ModelFileError, RealmError, UnsupportedError
 
 Change = Callable[[dict[str, Any]], Any]
@@ -80,6 +82,10 @@ CHANGES: list[tuple[str, str, Change, type[RealmError], str]] = [
      NOT_HERE, "state this tokenizer exactly"),
     ("qwen2", "tokenizer_config.json", lambda t: t.update(eos_token="<gone>"), BROKEN, "'<gone>'"),
     ("qwen2", "tokenizer_config.json", lambda t: t.update(chat_template="x" * (1 << 21)), BROKEN, "template"),
+    ("llama", TOKENIZER, lambda t: t["model"].update(continuing_subword_prefix="too long"),
+     BROKEN, "range end index"),  # a panic of the tokenizers library
+    ("qwen2", "tokenizer_config.json", lambda t: t.update(chat_template="half \ud800"),
+     BROKEN, r"has half of a character, \ud800"),
     ("qwen2", "generation_config.json", lambda g: g.update(eos_token_id=[1 << 40]), BROKEN, "eos_token_id"),
 ]  # fmt: skip
 
@@ -103,6 +109,49 @@ def test_files_that_are_none(file: str, data: bytes, tmp_path: Path):
     (folder / file).write_bytes(data)
     with pytest.raises(RealmError, match=file):
         hf.read(folder)
+
+
+@pytest.mark.parametrize(("vocabulary", "words"), [(1 << 24, "must be from 1 to"), (1 << 20, "1048576, 0]")])
+def test_rows_that_take_no_bytes(vocabulary: int, words: str, tmp_path: Path):
+    """A name for each of them would be gigabytes."""
+    folder = edit(golden("qwen2", tmp_path), CONFIG, lambda c: c.update(vocab_size=vocabulary))
+    values = load_file(folder / "model.safetensors")
+    values["model.embed_tokens.weight"] = np.zeros((vocabulary, 0), np.float32)
+    save_file(values, folder / "model.safetensors")
+    with pytest.raises(ModelFileError, match=words):
+        hf.read(folder)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_what_is_no_file_is_not_read(file: str, tmp_path: Path):
+    """A pipe would wait for ever, and a device never end."""
+    folder = golden("qwen2", tmp_path)
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).symlink_to("/dev/zero")
+    with pytest.raises(ModelFileError, match=f"{file}: is no file"):
+        hf.read(folder)
+
+
+def test_json_of_any_size_is_not_parsed(tmp_path: Path):
+    folder = golden("qwen2", tmp_path)
+    with (folder / CONFIG).open("r+b") as file:
+        file.truncate((16 << 20) + 1)
+    with pytest.raises(ModelFileError, match="16,777,217 bytes; the limit is 16,777,216"):
+        hf.read(folder)
+
+
+def test_a_tokenizer_that_takes_for_ever_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = golden("qwen2", tmp_path)
+    monkeypatch.setattr(agreement, "SECONDS", 0.01)
+    with pytest.raises(ModelFileError, match="takes longer than"):
+        hf.read(folder)
+
+
+def test_a_folder_whose_name_is_no_utf_8(tmp_path: Path):
+    folder = golden("qwen2", tmp_path).rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    hf.read(folder).write(tmp_path / "out.gguf")
+    with gguf.open(tmp_path / "out.gguf") as file:
+        assert file.metadata["general.name"] == "caf\ufffd"
 
 
 def test_pickles_are_not_opened(tmp_path: Path):

@@ -17,6 +17,8 @@ from docs_site import helps
 import realm_jax
 from realm_jax import cli
 
+pytestmark = pytest.mark.unoptimized
+
 PAGES = {name: text for name, text in pages(ROOT).items() if blocks(name, text)}
 
 

@@ -48,3 +48,13 @@ def test_example(
     assert said in out
     assert len(out.splitlines()) == lines
     assert plot.read_bytes().startswith(PNG)
+
+
+def test_a_layer_that_is_not_there_is_told_at_once(
+    fixtures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    model = fixtures / "stories260K" / "model.gguf"
+    monkeypatch.setattr(sys, "argv", ["steering_vector", "-m", str(model), "--layer", "5"])
+    with pytest.raises(SystemExit):
+        example("steering_vector").main()
+    assert "--layer is 5; the model has layers 0 to 4" in capsys.readouterr().err

@@ -217,7 +217,7 @@ def test_older_files_that_are_broken_say_what(tmp_path: Path, data: bytes, said:
         ("-f TEXT -c 65", "a window is 65 tokens; it has to be a multiple of 64"),
         ("-f missing.txt", "missing.txt"),
         ("", "Missing option '-f' / '--file'"),
-        ("-f TEXT -c 64 -o no/folder/i.gguf", "cannot be written: No such file"),
+        ("-f TEXT -c 64 -o no/folder/i.gguf", "there is no folder no/folder; make it first"),
         ("-f TEXT --chunks 0", "greater than or equal to 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Weights rounded to int8: the arithmetic is the one described, and only who asks for it gets it."""
+"""Weights and caches rounded to int8: the arithmetic is described, and only who asks for it gets it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +15,11 @@ from tiny import write_model
 
 from realm_jax import LLM, RequestError, gguf, projections, runtime, weights
 from realm_jax.architectures import read_config
+from realm_jax.cache import Int8Cache, empty_cache
 from realm_jax.config import MIN_ROWS, EngineConfig, Numerics
 from realm_jax.experts import EachExpert
 from realm_jax.ggml import GGMLType
-from realm_jax.kernels import native
+from realm_jax.kernels import native, reference
 from realm_jax.kernels.int8 import int8_matmul
 from realm_jax.kernels.tiles import dequantize_tiles
 from realm_jax.nodes import Biased, Dense, Int8, Quantized, Stacked
@@ -266,3 +267,29 @@ def test_only_who_asks_gets_it(kernels: Any, dtype: Any):
         return
     with pytest.raises(RequestError, match=r"weights='int8' .*; use dtype='bfloat16' or weights='dense'"):
         runtime.resolve_numerics(asked)
+
+
+def test_int8_caches_are_exact_but_for_rounding() -> None:
+    """What is written is within half a step; what is attended to is what was written."""
+    draw = np.random.default_rng(3)
+    B, T, N, K, H, C = 2, 70, 6, 2, 16, 256
+    q, k, v = (draw.standard_normal((B, T, heads, H)).astype(np.float32) for heads in (N, K, K))
+    k[0, 3] = 0.0
+    positions = jnp.asarray(np.tile(np.arange(T, dtype=np.int32), (B, 1)))
+    cache = empty_cache((B + 1, K, C, H), Numerics("bfloat16", "int8", "dense", "xla"))
+    slots = jnp.array([2, 0], jnp.int32)
+    cache = cache.write(jnp.asarray(k), jnp.asarray(v), slots, positions)
+    assert isinstance(cache, Int8Cache)
+    kept = [
+        np.asarray(codes, np.float32) * np.asarray(scale)[..., None]
+        for codes, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+    ]
+    for found, given in zip(kept, (k, v), strict=True):
+        step = np.abs(given).max(-1, keepdims=True) / 127
+        assert (np.abs(found[[2, 0], :, :T].swapaxes(1, 2) - given) <= 0.5001 * step).all()
+    out = cache.attend(jnp.asarray(q), slots, positions, scale=0.25, softcap=None, window=None)
+    keys, values = (jnp.asarray(x[[2, 0]]) for x in kept)
+    plain = reference.attention(
+        jnp.asarray(q), keys, values, positions, scale=0.25, softcap=None, window=None
+    )
+    np.testing.assert_allclose(out, plain, atol=2e-2)  # bf16 products

@@ -124,6 +124,7 @@ def test_a_row_is_the_same_beside_any_adapters(small_model: Path, numerics: dict
 
 
 @pytest.mark.slow
+@pytest.mark.unoptimized
 def test_a_row_says_what_the_folded_model_says(small_model: Path, tmp_path: Path):
     llm = LLM(
         small_model, ctx_size=256, max_num_seqs=8, dtype="float32", max_loras=2

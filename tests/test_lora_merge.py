@@ -246,7 +246,7 @@ def test_wrong_usage_of_merge(model: Path, tmp_path: Path):
     copy = shutil.copy(model, tmp_path / "copy.gguf")
     adapter = write_adapter(tmp_path / "peft", pair("model.layers.0.self_attn.q_proj", 64, 64))
     done = realm("lora", "merge", "-m", copy, "--lora", adapter, "-o", copy)
-    assert done.code == 2 and "is the model itself" in done.error
+    assert done.code == 2 and "is what is read" in done.error
     assert "no such file" in realm("lora", "merge", "-m", model, "--lora", "none:0.5", "-o", out).error
     done = realm("lora", "merge", "-m", model, "--lora", adapter, "-o", out, "--type", "q9")
     assert done.code == 2 and "--type is 'q9'; it is one of F32, F16, BF16, Q4_0" in done.error

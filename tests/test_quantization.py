@@ -216,7 +216,7 @@ def test_what_is_no_number_is_refused_by_name_and_leaves_no_file(tmp_path: Path)
     [
         ("MODEL out.gguf Q9_X", "TYPE is 'Q9_X'; it is one of F32, F16, BF16, Q4_0"),
         ("MODEL out.gguf", "Missing argument 'TYPE'"),
-        ("MODEL MODEL Q4_0", "is the model itself; give another path"),
+        ("MODEL MODEL Q4_0", "is what is read, and would be overwritten; give another path"),
         (
             "MODEL out.gguf Q4_0 --output-tensor-type IQ1_S",
             "--output-tensor-type is 'IQ1_S'; it is one of F32",
@@ -227,7 +227,7 @@ def test_what_is_no_number_is_refused_by_name_and_leaves_no_file(tmp_path: Path)
         ),
         ("MODEL out.gguf Q4_0 --imatrix missing", "missing: cannot be read: No such file"),
         ("MODEL out.gguf Q2_K_S", "Q2_K_S needs the importance of blk.0.attn_q.weight (give --imatrix"),
-        ("MODEL no/folder/out.gguf Q4_0", "out.gguf: cannot be written: No such file or directory"),
+        ("MODEL no/folder/out.gguf Q4_0", "no/folder/out.gguf: there is no folder no/folder; make it first"),
         ("missing.gguf out.gguf Q4_0", "missing.gguf"),
         ("MODEL out.gguf Q4_0 -t 0", "greater than or equal to 1, not '0'"),
     ],

@@ -41,6 +41,8 @@ from realm_jax.serving.server.process import RealmServer, Settings
 from realm_jax.serving.server.tenancy import Tenancy
 from realm_jax.serving.tenants import EVERY, Tenant
 
+pytestmark = pytest.mark.unoptimized
+
 OPTIONS: dict[str, Any] = {
     "max_num_seqs": 4,
     "ctx_size": 1024,

@@ -22,6 +22,8 @@ from realm_jax.serving.bodies import CHAT
 from realm_jax.serving.server.process import RealmServer
 from realm_jax.tools import read_tools
 
+pytestmark = pytest.mark.unoptimized
+
 MARKER = "[TOOL_CALLS]"
 MESSAGES: list[Any] = [{"role": "user", "content": "a b"}]
 SHAPES: dict[str, Any] = {"ctx_size": 2048, "max_num_seqs": 4, "max_num_batched_tokens": 128}

@@ -1,4 +1,6 @@
-"""A server of the default model outlasts clients that misbehave: `scripts/soak_server` in short."""
+"""A server outlasts clients that misbehave: `scripts/soak_server` in short, with a tiny model."""
+
+from pathlib import Path
 
 import pytest
 from soak_server import soak
@@ -7,8 +9,8 @@ pytestmark = pytest.mark.unoptimized
 
 
 @pytest.mark.slow
-def test_64_clients_good_and_bad_leak_nothing():
-    report = soak(64, 20.0)
+def test_64_clients_good_and_bad_leak_nothing(tiny_model: Path):
+    report = soak(64, 8.0, "--model", tiny_model)
     assert report["wrong"] == []
     assert report["left_running"] == 0
     assert report["exit_code"] == 0

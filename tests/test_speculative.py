@@ -81,7 +81,7 @@ def repetitive(seed: int, count: int) -> tuple[list[list[int]], list[SamplingPar
     [
         ("same", {"dtype": "float32", "deterministic": True}),
         ("bad", {"dtype": "float32", "deterministic": True}),
-        ("ngram", {"dtype": "float32", "ctx_size": 1024, "max_num_batched_tokens": 256}),
+        ("ngram", {"dtype": "float32", "ctx_size": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 8}),
         ("ngram", {"dtype": "bfloat16", "kernels": "xla", "spec_tokens": 3, "deterministic": True}),
         ("bad", {"kv_dtype": "int8", "spec_tokens": 15, "deterministic": True}),
     ],
@@ -91,10 +91,10 @@ def test_speculative_is_plain(
     tiny_model: Path, drafts: dict[str, Path | None], who: str, options: dict[str, Any]
 ) -> None:
     """Tokens, text, ends and log-probabilities, to the last bit, in a batch of mixed requests."""
-    numerics: dict[str, Any] = {name: value for name, value in options.items() if name != "spec_tokens"}
+    options = {"max_num_seqs": 12} | options
+    plain = LLM(tiny_model, **{name: value for name, value in options.items() if name != "spec_tokens"})
     prompts, params = repetitive(21, 20)
-    plain = LLM(tiny_model, max_num_seqs=12, **numerics)
-    llm = speculating(tiny_model, drafts[who], max_num_seqs=12, **options)
+    llm = speculating(tiny_model, drafts[who], **options)
     outputs = llm.generate(prompts, params)
     assert [bits(o) for o in outputs] == [bits(o) for o in plain.generate(prompts, params)]
     accepted = sum(drafts_of(o).accepted for o in outputs)
@@ -107,7 +107,7 @@ def test_speculative_is_plain(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["stories260K", "default"])
+@pytest.mark.parametrize("which", [pytest.param("stories260K", marks=pytest.mark.unoptimized), "default"])
 def test_trained_models_say_what_they_say_alone(which: str, fixtures: Path, request: Any) -> None:
     """Greedy and sampled, many prompts at once, guessed from their own texts, which repeat themselves."""
     path: Path = (
@@ -132,6 +132,7 @@ def drafts_of(output: GenerationOutput) -> Any:
     return output.metrics.drafts
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("who", ["same", "ngram"])
 def test_growth_prefixes_and_aborts_leave_drafts_in_step(
     tiny_model: Path, drafts: dict[str, Path | None], who: str
@@ -291,6 +292,7 @@ def test_what_cannot_draft_is_refused(tiny_model: Path, tmp_path: Path) -> None:
         LLM(tiny_model, draft_model=tiny_model, spec_type="ngram")
 
 
+@pytest.mark.unoptimized
 def test_a_run_of_accepted_tokens_ends_where_the_sequence_does(
     tiny_model: Path, drafts: dict[str, Path | None]
 ) -> None:

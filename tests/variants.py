@@ -228,9 +228,10 @@ def write_variant(fixtures: Path, name: str, path: Path) -> Path:
     """The model of this name, written to the path."""
     variant = VARIANTS[name]
     reader = gguf.GGUFReader(fixtures / "arch" / variant.base / "model.gguf")
-    architecture = variant.architecture or variant.base
     values = {key: each.contents() for key, each in reader.fields.items() if not key.startswith("GGUF.")}
-    keys = {key.replace(f"{variant.base}.", f"{architecture}.", 1): value for key, value in values.items()}
+    base = values["general.architecture"]
+    architecture = variant.architecture or base
+    keys = {key.replace(f"{base}.", f"{architecture}.", 1): value for key, value in values.items()}
     keys |= {f"{architecture}.{key}": value for key, value in variant.keys.items()}
     tensors = {each.name: np.array(each.data) for each in reader.tensors}
     variant.change(tensors, np.random.default_rng(0))

@@ -19,6 +19,7 @@ from realm_jax.cli import (
     generate,
     imatrix,
     inspect,
+    interrupts,
     lora,
     models,
     perplexity,
@@ -29,9 +30,8 @@ from realm_jax.cli import (
 )
 from realm_jax.cli import eval as evaluation
 from realm_jax.cli.flags import Run, command
+from realm_jax.cli.interrupts import INTERRUPTED
 from realm_jax.errors import RealmError, RequestError
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 app = typer.Typer(
     name="realm",
@@ -85,7 +85,8 @@ def main() -> NoReturn:
     run = Run()
     errors = sys.stderr  # also where another process shows all else
     try:
-        code = app(standalone_mode=False, obj=run, prog_name="realm")
+        with interrupts.repeated_where_lost():
+            code = app(standalone_mode=False, obj=run, prog_name="realm")
         sys.stdout.flush()
     except typer.TyperException as error:
         code = _fail(_usage(error), 2, errors)
@@ -99,6 +100,8 @@ def main() -> NoReturn:
         if run.verbose:
             traceback.print_exc(file=errors)
         code = _fail(str(error), 2 if isinstance(error, RequestError) else 1, errors)
+    if code == INTERRUPTED:
+        interrupts.leave()
     gc.freeze()  # the process ends: what it holds need not be searched for garbage, which takes 0.3 s
     sys.exit(code)
 
@@ -108,6 +111,7 @@ def _usage(error: Any) -> str:
     message = error.format_message().rstrip(".")
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
     if hasattr(error.__cause__, "errors"):  # pydantic's, which does not name the value
+        message = message.replace(": Value error, ", ": ")
         value = repr(error.__cause__.errors()[0]["input"])
         message += "" if value in message else f", not {value}"
     if context is not None and parameter is not None:

@@ -8,6 +8,7 @@ import typer
 
 from realm_jax.cli import options, progress
 from realm_jax.cli.flags import command
+from realm_jax.cli.outputs import require_writable
 from realm_jax.cli.tensor_types import NAMES, tensor_type
 
 app = typer.Typer(
@@ -43,7 +44,9 @@ def hf(
     """
     from realm_jax.convert import hf
 
-    model = hf.read(folder, tensor_type("--type", kind))
+    tensor_kind = tensor_type("--type", kind)
+    require_writable(target, (path for path in folder.glob("*") if path.suffix != ".gguf"))
+    model = hf.read(folder, tensor_kind)
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
     model.write(target, progress.of_tensors(len(model.planned)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from realm_jax.cli import options
+from realm_jax.cli.outputs import files_of, require_writable
 from realm_jax.cli.text import read_text
 from realm_jax.errors import RequestError
 
@@ -38,14 +39,19 @@ def imatrix(
 
     Example: realm imatrix -m model-bf16.gguf -f calibration.txt -o imatrix.gguf
     """
+    require_writable(output, [file])
     text = read_text(file)
 
+    from realm_jax import gguf
     from realm_jax.cli.session import Status, open_model
+    from realm_jax.gguf.writer import path_text
     from realm_jax.quantization import importance
     from realm_jax.quantization.observed import observe
 
     window = engine.ctx_size or WINDOW
     llm = open_model(dataclasses.replace(engine, ctx_size=window), Status(), max_num_seqs=1)
+    with gguf.open(llm.model.path) as read:
+        require_writable(output, files_of(read))
     if llm.engine_config.tensor_parallel > 1:
         raise RequestError(f"--mesh {engine.mesh}: an importance matrix is made on one device")
     windows = _windows(llm.tokenizer, text, window)[:chunks]
@@ -60,7 +66,7 @@ def imatrix(
                 f"note: {name}: {each.unseen} of {len(each.counts)} experts were never chosen",
                 file=sys.stderr,
             )
-    importance.write(output, squares, chunks=len(windows), chunk_size=window, dataset=str(file))
+    importance.write(output, squares, chunks=len(windows), chunk_size=window, dataset=path_text(file))
     print(output)
 
 

@@ -9,6 +9,7 @@ import typer
 from realm_jax.cli import options, progress
 from realm_jax.cli.adapters import opened_base, scaled
 from realm_jax.cli.flags import flag
+from realm_jax.cli.outputs import files_of, require_writable
 from realm_jax.cli.tensor_types import NAMES, tensor_type
 from realm_jax.errors import RequestError
 
@@ -48,8 +49,7 @@ def merge(
     if not lora:
         raise RequestError("nothing to merge; give at least one --lora PATH[:SCALE]")
     with opened_base(model, offline=offline) as (file, base):
-        if output.exists() and any(output.samefile(part) for part in file.split_paths):
-            raise RequestError(f"-o {output} is the model itself; give another path")
+        require_writable(output, [*files_of(file), *(path for path, _ in map(scaled, lora))])
         adapters = [(read(path, base), scale) for path, scale in map(scaled, lora)]
         Merge(file, adapters, to).write(output, progress.of_tensors(len(file.tensors)))
         changed = sum(any(adapter.changes(name) for adapter, _ in adapters) for name in file.tensors)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from realm_jax.cli import options, progress
+from realm_jax.cli.outputs import files_of, require_writable
 from realm_jax.cli.tensor_types import tensor_type
 from realm_jax.errors import RequestError
 
@@ -74,8 +75,7 @@ def quantize(
 
     file_type = _file_type(kind)
     with gguf.open(hub.resolve(source, offline=offline)) as file:
-        if target.exists() and any(target.samefile(part) for part in file.split_paths):
-            raise RequestError(f"{target} is the model itself; give another path")
+        require_writable(target, [*files_of(file), *filter(None, [imatrix])])
         job = Quantization(
             file,
             file_type,

@@ -1,8 +1,13 @@
 """Whether the tokenizer that a GGUF file will state gives the ids that tokenizer.json gives."""
 
-import tokenizers
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-from realm_jax.convert.fields import Fields, read_text
+from realm_jax.convert.agreement_worker import SECONDS
+from realm_jax.convert.fields import Fields
 from realm_jax.convert.folder import HFFolder
 from realm_jax.errors import ModelFileError, UnsupportedError
 from realm_jax.lora.fitting import shown
@@ -26,9 +31,7 @@ TEXTS = (
 
 def check(folder: HFFolder, ours: Tokenizer) -> None:
     """Raises UnsupportedError that shows the first text on which the two differ."""
-    theirs = _theirs(folder)
-    for text in TEXTS:
-        expected = theirs.encode(text, add_special_tokens=False).ids
+    for text, expected in zip(TEXTS, _theirs(folder.path / "tokenizer.json"), strict=True):
         if (found := ours.encode(text, add_special=False, parse_special=True)) != expected:
             at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), -1)
             raise UnsupportedError(
@@ -37,14 +40,27 @@ def check(folder: HFFolder, ours: Tokenizer) -> None:
             )
 
 
-def _theirs(folder: HFFolder) -> tokenizers.Tokenizer:
+def _theirs(path: Path) -> list[list[int]]:
+    """The ids of each text, by a process that a hostile file may break."""
+    path_of_modules = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     try:
-        found = tokenizers.Tokenizer.from_str(read_text(folder.path / "tokenizer.json"))
-        found.no_truncation()
-        found.no_padding()
-    except Exception as error:  # whatever the library makes of a broken file
-        raise ModelFileError(f"tokenizer.json: {shown(str(error))}") from None
-    return found
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "realm_jax.convert.agreement_worker", path],
+            check=False,
+            input=json.dumps(TEXTS).encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=SECONDS,
+            env={"PYTHONPATH": path_of_modules, "TOKENIZERS_PARALLELISM": "false"},
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelFileError(f"{path.name}: a page of text takes longer than {SECONDS} s") from None
+    if done.returncode:
+        raise ModelFileError(f"{path.name}: breaks the tokenizers library, or takes too much time or memory")
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise ModelFileError(f"{path.name}: {shown(answer['error'])}")
+    return answer["ids"]
 
 
 def hints(generation: Fields) -> dict[str, float | int]:

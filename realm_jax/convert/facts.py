@@ -10,7 +10,7 @@ from realm_jax.convert.fields import Fields
 from realm_jax.convert.ropes import MAX_CONTEXT, Ropes, ropes
 from realm_jax.errors import UnsupportedError
 
-MOST_HEADS, WIDEST, DEEPEST = 1 << 14, 1 << 20, 1 << 12
+MOST_HEADS, WIDEST, DEEPEST, MOST_TOKENS = 1 << 14, 1 << 20, 1 << 12, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def read_facts(fields: Fields, family: Family) -> Facts:
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": fields.real("rms_norm_eps"),
-        "vocab_size": fields.count("vocab_size", 1 << 24),
+        "vocab_size": fields.count("vocab_size", MOST_TOKENS),
         **turns.keys,
         **dict(_gemma(fields, family)),
     }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 from realm_jax.errors import ModelFileError
 from realm_jax.lora.fitting import shown
 
-MAX_BYTES = 256 << 20  # the largest tokenizer.json that is in use has 33 MB
+MAX_BYTES = 16 << 20  # an index of 90,000 tensors has 9 MB
+MAX_TOKENIZER = 64 << 20  # the largest tokenizer.json that is in use has 33 MB
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells halves of characters, mostly in pairs
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,13 @@ class Fields:
         return Fields(value, f"{self.source}: {key}")
 
 
-def read_text(path: Path) -> str:
-    """The file's text. Raises ModelFileError for one that is too large, or no UTF-8."""
+def read_text(path: Path, most: int = MAX_BYTES) -> str:
+    """The file's text. Raises ModelFileError for one that has more bytes than `most`, or is no UTF-8."""
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise ModelFileError(f"{path.name}: has {size:,} bytes; the limit is {MAX_BYTES:,}")
+        if not path.is_file():  # a pipe would wait for ever, a device never end
+            raise ModelFileError(f"{path}: is no file")
+        if (size := path.stat().st_size) > most:
+            raise ModelFileError(f"{path.name}: has {size:,} bytes; the limit is {most:,}")
         return path.read_text("utf-8")
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
@@ -100,18 +105,30 @@ def read_text(path: Path) -> str:
         raise ModelFileError(f"{path.name}: is not UTF-8 at byte {error.start}") from None
 
 
-def read_object(path: Path, *, required: bool = True) -> Fields:
-    """The JSON object in the file; an empty one where an optional file is absent."""
+def read_object(path: Path, *, required: bool = True, most: int = MAX_BYTES) -> Fields:
+    """The JSON object in the file of at most so many bytes; an empty one where an optional file is absent."""
     if not required and not path.exists():
         return Fields({}, path.name)
-    text = read_text(path)
+    text = read_text(path, most)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{path.name}: no JSON: {shown(str(error))}") from None
     if not isinstance(value, dict):
         raise ModelFileError(f"{path.name}: is no JSON object")
+    if HALF.search(text):
+        _check_whole(path, value)
     return Fields(value, path.name)
+
+
+def _check_whole(path: Path, value: Any) -> None:
+    """No text within has half of a character, which no file can hold as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ModelFileError(
+            f"{path.name}: has half of a character, \\u{ord(error.object[error.start]):x}, in a text"
+        ) from None
 
 
 def _shown(value: Any) -> str:

@@ -52,7 +52,10 @@ class HFFolder:
     def open(cls, path: Path) -> "HFFolder":
         """Raises ModelFileError for a broken folder or pickles, UnsupportedError for quantized weights."""
         if not path.is_dir():
-            raise ModelFileError(f"{path}: {'no folder' if path.exists() else 'no such folder'}")
+            what = "no folder" if path.exists() else "no such folder"
+            raise ModelFileError(
+                f"{path}: {what} (give one on this machine: hf download OWNER/REPO --local-dir DIR)"
+            )
         if not (path / "config.json").is_file():
             raise ModelFileError(
                 f"{path}: no config.json (give the folder of a model of Hugging Face's form)"

@@ -10,7 +10,7 @@ import numpy as np
 from realm_jax.architectures import read_config
 from realm_jax.config import ModelConfig
 from realm_jax.convert import agreement, tensors
-from realm_jax.convert.facts import check_scale, read_facts, windows_lost
+from realm_jax.convert.facts import MOST_TOKENS, check_scale, read_facts, windows_lost
 from realm_jax.convert.families import facts_of, family_of
 from realm_jax.convert.fields import Fields
 from realm_jax.convert.folder import HFFolder
@@ -96,7 +96,7 @@ def _notes(folder: HFFolder, tokenizer: HFTokenizer, lost: str | None) -> Iterat
 
 def _name(path: Path, tokenizer: HFTokenizer) -> str:
     """The folder's name; by it readers of GGUF know whose tokens strip white space."""
-    name = path.resolve().name
+    name = writer.path_text(path.resolve().name)
     is_known = any(part in name.lower() for part in ("phi-3", "phi3"))
     return f"{name} (Phi-3)" if tokenizer.names_phi3() and not is_known else name
 
@@ -105,7 +105,9 @@ def _vocabulary_size(folder: HFFolder, fields: Fields) -> int:
     """The rows of the embedding, which config.json must agree with: what follows is of that size."""
     if (embedding := folder.tensors.get(EMBEDDING_WEIGHT)) is None or len(embedding.shape) != 2:
         raise ModelFileError(f"{folder.path.name}: {EMBEDDING_WEIGHT} is missing, or no matrix")
-    said = fields.count("vocab_size", 1 << 24)
+    if 0 in embedding.shape:  # rows that take no bytes could be any number
+        raise ModelFileError(f"{folder.path.name}: {EMBEDDING_WEIGHT} is {list(embedding.shape)}")
+    said = fields.count("vocab_size", MOST_TOKENS)
     if said != embedding.shape[0]:
         raise ModelFileError(
             f"{fields.source}: vocab_size is {said:,}; {EMBEDDING_WEIGHT} has {embedding.shape[0]:,} rows"

@@ -17,7 +17,7 @@ import numpy as np
 from realm_jax import weights
 from realm_jax.architectures import read_config
 from realm_jax.errors import ModelFileError, RequestError, UnsupportedError
-from realm_jax.ggml import GGMLType
+from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.gguf import GGUFFile, TensorInfo, writer
 from realm_jax.gguf.checkpoint import ARRAYS, BYTES, FORMAT, HEADER, INDEX, PLAIN, array_shape
 from realm_jax.quant import dequantize
@@ -47,9 +47,10 @@ class Checkpoint:
         if target.exists() or target.is_symlink():
             raise RequestError(f"{target} is there already; give another folder, or remove it")
         weights.check_tensors(self.file, read_config(self.file))
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        partial = target.parent / f"{target.name}.{os.getpid()}.partial"
         try:
             partial.mkdir(parents=True)
+            writer.require_room(partial, sum(self._size(info) for info in self.file.tensors.values()))
             self._write(partial, progress)
             partial.rename(target)
         except OSError as error:
@@ -79,6 +80,12 @@ class Checkpoint:
             index.flush()
             os.fsync(index.fileno())
 
+    def _size(self, info: TensorInfo) -> int:
+        """The bytes that the tensor will have."""
+        if self.dense is None or info.ggml_type in PLAIN:
+            return info.nbytes
+        return BLOCK_SIZES[GGMLType[self.dense.upper()]].nbytes * prod(info.shape)
+
     def _stored(self, info: TensorInfo) -> tuple[TensorInfo, np.ndarray]:
         """The tensor as the directory has it, and its bytes."""
         data = self.file.data(info.name)
@@ -87,8 +94,7 @@ class Checkpoint:
         kind = GGMLType[self.dense.upper()]
         values = dequantize(data, info.ggml_type, info.shape)
         wide = values.astype(ml_dtypes.bfloat16) if kind == GGMLType.BF16 else values
-        size = wide.itemsize * prod(info.shape)
-        return replace(info, ggml_type=kind, nbytes=size), wide.reshape(-1).view(np.uint8)
+        return replace(info, ggml_type=kind, nbytes=wide.nbytes), wide.reshape(-1).view(np.uint8)
 
     def _metadata(self) -> dict[str, bytes]:
         """The file's, byte for byte; it is in one part, and says its new type."""

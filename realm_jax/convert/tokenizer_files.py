@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from realm_jax.convert import byte_level, sentence_piece
-from realm_jax.convert.fields import Fields, read_object, read_text
+from realm_jax.convert.fields import MAX_TOKENIZER, Fields, read_object, read_text
 from realm_jax.convert.folder import HFFolder
 from realm_jax.convert.vocabularies import HFVocabulary
 from realm_jax.errors import ModelFileError, UnsupportedError
@@ -53,7 +53,7 @@ def read_tokenizer(folder: HFFolder, facts: Fields, size: int) -> HFTokenizer:
             f"{folder.path.name}: no tokenizer.json (make one: AutoTokenizer.from_pretrained(FOLDER)"
             ".save_pretrained(FOLDER) in transformers)"
         )
-    whole = read_object(path)
+    whole = read_object(path, most=MAX_TOKENIZER)
     config = read_object(folder.path / "tokenizer_config.json", required=False)
     vocabulary = HFVocabulary.read(whole, size)
     kinds = (byte_level, sentence_piece)
@@ -151,9 +151,9 @@ def _templates(folder: HFFolder, config: Fields) -> dict[str, Any]:
         found = {each.text("name"): each.text("template") for each in config.objects("chat_template")}
     elif value is not None:
         found["default"] = config.text("chat_template")
-    if (path := folder.path / "chat_template.json").is_file():
+    if (path := folder.path / "chat_template.json").exists():
         found["default"] = read_object(path).text("chat_template")
-    if (path := folder.path / "chat_template.jinja").is_file():
+    if (path := folder.path / "chat_template.jinja").exists():
         found["default"] = read_text(path)
     for name, text in found.items():
         if len(text) > MAX_TEMPLATE or not name.isidentifier() or "\0" in text:

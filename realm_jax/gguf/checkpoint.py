@@ -29,7 +29,7 @@ from realm_jax.gguf.header import MAX_DIMS, TensorInfo, fail, shown
 
 HEADER, ARRAYS, INDEX = "header.gguf", "tensors", "index.json"
 FORMAT = "realm_jax checkpoint 1"
-MAX_INDEX = 256 << 20
+MAX_INDEX = 16 << 20  # 100,000 tensors
 MAX_EXPANSION = 2
 """So many times what lies on disk the arrays may be: they are not compressed, but zeros are left out."""
 SMALL = 64 << 20  # bytes of arrays that are allowed whatever lies on disk
@@ -77,7 +77,8 @@ class CheckpointFile(gguf.GGUFFile):
                 f"{path}: no {INDEX}, which is written last: the checkpoint is not complete "
                 "(copy all of it, or convert again)"
             )
-        self.path = path
+        self.path = path = path if path.name else path.resolve()
+        self.nbytes = _disk_bytes(path)
         index = _read_index(path)
         _check_header(path, index)
         with gguf.open(path / HEADER) as header:
@@ -86,7 +87,6 @@ class CheckpointFile(gguf.GGUFFile):
                 fail(path, f"{HEADER} has {len(header.tensors)} tensors; it must have none")
         self.split_paths = [path / HEADER]
         self.tensors, self._checksums = _tensors(path, index)
-        self.nbytes = _disk_bytes(path)
         total = sum(info.nbytes for info in self.tensors.values())
         if total > MAX_EXPANSION * self.nbytes + SMALL:
             fail(path, f"{INDEX} states {total:,} bytes of tensors; the directory has {self.nbytes:,}")
@@ -140,7 +140,7 @@ class CheckpointFile(gguf.GGUFFile):
         }
         try:
             array = self._store.open(spec, read=True, open=True).result().read().result()
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
+        except (ValueError, OSError, KeyError, RuntimeError, MemoryError) as error:
             reason = shown(" ".join(str(error).split()))
             fail(self.path, f"tensor {shown(name)} cannot be read: {reason} (copy the folder again)")
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -211,4 +211,12 @@ def _tensor(path: Path, name: str, shape: Any, kind: Any) -> TensorInfo:
 
 
 def _disk_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """What the folder's files take. Raises ModelFileError for a pipe or the like, whose reader never ends."""
+    total = 0
+    for each in path.rglob("*"):
+        if each.is_file():
+            total += each.stat().st_size
+        elif each.is_symlink() or not each.is_dir():
+            name = shown(str(each.relative_to(path)))
+            fail(path, f"{name} is neither a file nor a folder of its own (copy the folder again)")
+    return total

@@ -2,12 +2,14 @@
 
 import mmap
 import os
+import shutil
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -42,6 +44,11 @@ def string(text: str) -> bytes:
 
 def text_value(text: str) -> bytes:
     return struct.pack("<I", STRING) + string(text)
+
+
+def path_text(path: str | Path) -> str:
+    """The path as a file can hold it: what is no UTF-8 in a name shows as a replacement character."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def count_value(number: int) -> bytes:
@@ -101,16 +108,17 @@ def write(
 
     data: for each tensor its bytes, in chunks; read one after another, so only one need be in memory.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
     try:
+        require_room(path, sum(plan.nbytes for plan in tensors))
         with partial.open("xb") as file:
             header = _header(metadata, tensors, alignment)
-            file.write(header.ljust(_aligned(len(header), alignment), b"\0"))
+            _write_aligned(file, [header], alignment)
             for plan, chunks in zip(tensors, data, strict=True):
-                written = sum(file.write(chunk) for chunk in chunks)
+                written = _write_aligned(file, chunks, alignment)
                 if written != plan.nbytes:
                     raise ValueError(f"{plan.name}: {written} bytes given, {plan.nbytes} planned")
-                file.write(b"\0" * (_aligned(written, alignment) - written))
+            file.truncate()  # up to the last hole
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -119,6 +127,22 @@ def write(
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def require_room(path: Path, nbytes: int) -> None:
+    """So many bytes fit beside the path. Raises ModelFileError if not, OSError where there is no folder."""
+    if (free := shutil.disk_usage(path.parent).free) < nbytes:
+        raise ModelFileError(
+            f"{path}: cannot be written: it takes {nbytes:,} bytes; {free:,} are free (make room, or give a "
+            "path on another disk)"
+        )
+
+
+def _write_aligned(file: BinaryIO, chunks: Iterable[Chunk], alignment: int) -> int:
+    """The chunks, and zeros up to the alignment, which take no memory however large it is; their size."""
+    written = sum(file.write(chunk) for chunk in chunks)
+    file.seek(_aligned(written, alignment) - written, os.SEEK_CUR)
+    return written
 
 
 def _header(metadata: Mapping[str, bytes], tensors: Sequence[TensorPlan], alignment: int) -> bytes:

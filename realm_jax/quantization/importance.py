@@ -70,7 +70,7 @@ class ImportanceMatrix:
 
     def metadata(self) -> dict[str, bytes]:
         """What a quantized file says of it."""
-        found = {"quantize.imatrix.file": writer.text_value(str(self.path))}
+        found = {"quantize.imatrix.file": writer.text_value(writer.path_text(self.path))}
         if self.datasets:
             found["quantize.imatrix.dataset"] = writer.text_value(self.datasets[0])
         found["quantize.imatrix.entries_count"] = writer.count_value(len(self.means))
@@ -120,8 +120,8 @@ def _read_gguf(file: GGUFFile) -> ImportanceMatrix:
     datasets, chunks = metadata.get("imatrix.datasets", []), metadata.get("imatrix.chunk_count", 0)
     if not isinstance(datasets, list):
         fail(path, f"imatrix.datasets is {shown(datasets)}; it has to be a list of texts")
-    if type(chunks) is not int:
-        fail(path, f"imatrix.chunk_count is {shown(chunks)}; it has to be a number")
+    if type(chunks) is not int or not 0 <= chunks < 1 << 32:
+        fail(path, f"imatrix.chunk_count is {shown(chunks)}; it has to be a number of 32 bits")
     return ImportanceMatrix(path, {base: _means(file, base) for base in sorted(bases)}, chunks, datasets)
 
 

@@ -20,7 +20,7 @@ from realm_jax.model import Transformer, hidden_states, next_token_logits
 from realm_jax.parallel import ShardedTransformer
 from realm_jax.prompts import Prompt, as_batch
 from realm_jax.research.observed import observed
-from realm_jax.research.probe import Probe, as_tree
+from realm_jax.research.probe import Probe, as_tree, asked
 from realm_jax.sequence_cache import empty_caches
 from realm_jax.weights import Params
 
@@ -52,10 +52,10 @@ class Forward:
         return jnp.stack([found[layer] for layer in sorted(found)])
 
     def last(self, name: str) -> Array:
-        """The activation at each sequence's last token, [B, ...]."""
-        x = self[name]
+        """The activation at each sequence's last token, [B, ...]; of weights of attention, [B, N, T]."""
+        x, axis = self[name], 2 if name.endswith("attention.weights") else 1
         at = (self.lengths - 1).reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.take_along_axis(x, at, axis=1)[:, 0]
+        return jnp.take_along_axis(x, at, axis=axis).squeeze(axis)
 
 
 def forward(
@@ -76,9 +76,11 @@ def forward(
     Raises RequestError for a name that matches nothing, or an edit that gives another shape or type.
     """
     require_observable(model)
-    probe = Probe.of(capture, edit or {})
-    B, T = tokens.shape
+    probe = Probe.of(capture, edit)
     tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise RequestError(f"tokens is {tokens.dtype} {list(tokens.shape)}; give whole numbers, [B, T]")
+    B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     caches = empty_caches(model.config)
     hidden, _ = hidden_states(observed(model, probe), params, tokens, positions, caches, None)
@@ -100,15 +102,15 @@ def run(
     kept for the next call with the same shape, names and functions; arrays of a `jax.tree_util.Partial` are
     arguments of it, those that a lambda holds are not: a new lambda is a new program.
     """
+    names, functions = asked(capture, edit)
     rows = [llm.prompt_ids(prompt) for prompt in as_batch(prompts)]
     _check_rows(llm, rows)
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
-    edits = {name: as_tree(function) for name, function in (edit or {}).items()}
-    captured = capture if isinstance(capture, str) else tuple(capture)  # a text is refused, by its name
-    found = _compiled(llm.transformer, llm.model.params, tokens, captured, edits)
+    edits = {name: as_tree(function) for name, function in functions.items()}
+    found = _compiled(llm.transformer, llm.model.params, tokens, names, edits)
     return found.replace(lengths=jnp.asarray(lengths))  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -121,6 +123,8 @@ def _compiled(
 
 def names(model: Transformer, params: Params, tokens: int = 1) -> dict[str, tuple[int, ...]]:
     """Every activation of the model and its shape for one sequence of so many tokens. Nothing is computed."""
+    if tokens < 1:
+        raise RequestError(f"tokens is {tokens}; give 1 or more")
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     order: list[str] = []
 

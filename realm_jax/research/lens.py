@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from realm_jax.errors import RequestError
 from realm_jax.llm import LLM
 from realm_jax.model import Transformer, next_token_logits
 from realm_jax.research.activations import Forward, require_observable
@@ -23,6 +24,10 @@ def unembed(model: Transformer, params: Params, residual: Float[Array, "*lead D"
     A pure function, linear but for the norm and gemma2's soft cap.
     """
     require_observable(model)
+    if residual.ndim == 0 or residual.shape[-1] != model.config.hidden_size:
+        raise RequestError(
+            f"the residual is {list(residual.shape)}; its last dimension must be {model.config.hidden_size}"
+        )
     hidden: Any = model.apply({"params": params}, residual, method="normalized")
     return next_token_logits(model, params, hidden)
 
@@ -41,7 +46,10 @@ def logit_lens(llm: LLM, found: Forward, name: str = "resid_post", *, best: int 
     """Each captured layer read by the model's own head (nostalgebraist 2020).
 
     The last layer's is the model's answer. No more than one layer's logits stand at once.
+    Raises RequestError for what is no residual, or where `best` is not in the vocabulary's size.
     """
+    if type(best) is not int or not 1 <= best <= llm.model.config.vocab_size:
+        raise RequestError(f"best is {best}; give from 1 to {llm.model.config.vocab_size:,}")
     return _lens(llm.transformer, llm.model.params, found.layers(name), found.tokens, best)
 
 

@@ -13,6 +13,8 @@ from realm_jax.research.activations import Forward
 from realm_jax.research.lens import Lens, token_logprobs
 
 FORMATS = (".png", ".svg", ".pdf")
+DPI = 100
+LONGEST, LARGEST = 400, 10_000  # inches, and square inches: 0.4 GB while it is drawn
 LIGHT = 0.55
 """Cells darker than this have light text."""
 
@@ -31,11 +33,16 @@ def figure(path: str | Path, width: float, height: float, **grid: Any) -> Iterat
         raise UnsupportedError("pictures need matplotlib: pip install 'realm-jax[plot]'") from error
     if path.suffix not in FORMATS:
         raise RequestError(f"the picture is {str(path)!r}; its name must end with {', '.join(FORMATS)}")
+    if max(width, height) > LONGEST or width * height > LARGEST:
+        raise RequestError(
+            f"the picture would have {width * DPI:,.0f} x {height * DPI:,.0f} pixels, which is too large; "
+            "draw fewer tokens or heads"
+        )
     drawn = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(drawn)
     yield drawn, drawn.subplots(**grid)
     try:
-        drawn.savefig(path, dpi=100)
+        drawn.savefig(path, dpi=DPI)
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from error
 
@@ -44,7 +51,9 @@ def plot_lens(
     llm: LLM, found: Forward, lens: Lens, path: str | Path, *, row: int = 0, first: int = 0
 ) -> None:
     """The picture has each layer's best token after each token from `first` on, and its probability."""
-    length = int(found.lengths[row])
+    length = _length(found, row)
+    if not 0 <= first < length:
+        raise RequestError(f"first is {first}; give from 0 to {length - 1}")
     probabilities = np.exp(np.asarray(lens.logprobs[:, row, first:length, 0]))
     best = np.asarray(lens.ids[:, row, first:length, 0])
     L, T = best.shape
@@ -69,7 +78,7 @@ def plot_attention(
     heads: Sequence[int] | None = None,
 ) -> None:
     """The picture has a map for each head of a layer: how much each token (down) takes of each (across)."""
-    length = int(found.lengths[row])
+    length = _length(found, row)
     weights = np.asarray(found[f"layers.{layer}.attention.weights"][row, :, :length, :length])
     chosen = list(range(len(weights))) if heads is None else list(heads)
     if not chosen or not all(0 <= head < len(weights) for head in chosen):
@@ -92,13 +101,20 @@ def plot_attention(
 
 def plot_logprobs(llm: LLM, found: Forward, path: str | Path, *, row: int = 0) -> None:
     """The picture has each token's natural-log probability, given those before it."""
-    length = int(found.lengths[row])
+    length = _length(found, row)
     values = np.asarray(token_logprobs(found.logits, found.tokens))[row, : length - 1]
     with figure(path, 2 + 0.45 * length, 3.5) as (_, axes):
         axes.bar(np.arange(len(values)), values)
         _label(axes, "x", shown(llm, np.asarray(found.tokens[row, 1:length])))
         axes.set(ylabel="log-probability", title="How expected each token was")
         axes.grid(alpha=0.3, axis="y")
+
+
+def _length(found: Forward, row: int) -> int:
+    """The tokens of a sequence."""
+    if not 0 <= row < len(found.lengths):
+        raise RequestError(f"row is {row}; give from 0 to {len(found.lengths) - 1}")
+    return int(found.lengths[row])
 
 
 def shown(llm: LLM, ids: Sequence[int] | np.ndarray) -> list[str]:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -59,14 +59,9 @@ class Probe:
     names: dict[str, None] = field(default_factory=dict)  # of all that went by, in order
 
     @classmethod
-    def of(cls, capture: Sequence[str], edit: Mapping[str, Any]) -> "Probe":
-        """Raises RequestError for what is no list of names, or no function."""
-        if isinstance(capture, str):
-            raise RequestError(f"capture is {capture!r}; give a list of names")
-        for name, function in edit.items():
-            if not callable(function):
-                raise RequestError(f"edit of {name!r} is {function!r}; give a function of the activation")
-        return cls(tuple(capture), dict(edit))
+    def of(cls, capture: Sequence[str], edit: Mapping[str, Any] | None) -> "Probe":
+        """Raises RequestError as `asked`."""
+        return cls(*asked(capture, edit))
 
     def see(self, name: str, x: Array, positions: Array) -> Array:
         """The activation, as the edits that name it make it."""
@@ -86,6 +81,24 @@ class Probe:
                 raise RequestError(
                     f"{pattern!r} names no activation of this model; {near(pattern, self.names)}"
                 )
+
+
+def asked(capture: Any, edit: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names to capture, and the edits. Raises RequestError for what is no name, or no function."""
+    if isinstance(capture, str) or not isinstance(capture, Iterable):
+        raise RequestError(f"capture is {capture!r}; give a list of names")
+    if not isinstance(edit, Mapping | None):
+        raise RequestError(f"edit is a {type(edit).__name__}; give a dict from names to functions")
+    names, edits = tuple(capture), dict(edit or {})
+    for name in (*names, *edits):
+        if not isinstance(name, str):
+            raise RequestError(f"{name!r:.60} is no name; give one such as 'layers.3.resid_post'")
+    for name, function in edits.items():
+        if not callable(function):
+            raise RequestError(
+                f"edit of {name!r} is a {type(function).__name__}; give a function of the activation"
+            )
+    return names, edits
 
 
 def near(pattern: str, names: Mapping[str, Any]) -> str:

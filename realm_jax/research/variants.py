@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from realm_jax.errors import UnsupportedError
+from realm_jax.errors import RequestError, UnsupportedError
 from realm_jax.llm import LLM
 from realm_jax.processors import EachRow, LogitsProcessor, Own, Written
 from realm_jax.research.activations import forward, names, require_observable
 from realm_jax.research.observed import observed
-from realm_jax.research.probe import Probe
+from realm_jax.research.probe import Probe, asked
 
 ONLY_WHOLE = "attention.weights"
 """What exists of whole sequences alone: serving's attention reads its cache in parts."""
@@ -46,12 +46,14 @@ def variant(
     the weights of attention and on a mesh.
     """
     require_observable(llm.transformer)
-    model, edits = llm.transformer, dict(edit or {})
+    model, (_, edits) = llm.transformer, asked((), edit)
     if edits:
         _check_edits(llm, edits)
         model = observed(model, Editor(edits))
     processor = llm.processor
     if logits_processor is not None:
+        if not callable(logits_processor):
+            raise RequestError(f"logits_processor is a {type(logits_processor).__name__}; give a function")
         processor = EachRow(logits_processor)
         _check_processor(llm, processor)
     return llm.variant(model, processor)
@@ -65,7 +67,7 @@ def _check_edits(llm: LLM, edits: dict[str, Any]) -> None:
                 f"edit of {wrong!r} changes {name}, which serving has only in parts; use "
                 "research.forward, or edit attention.q, attention.k, attention.v or attention.heads"
             )
-    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((2, 4), jnp.int32)  # more rows than one, as in serving
     jax.eval_shape(lambda p, t: forward(llm.transformer, p, t, edit=edits).logits, llm.model.params, tokens)
 
 
