@@ -26,7 +26,8 @@ def native_kernels() -> list[Extension]:
         Extension(
             "realm_jax.kernels.native.library",
             sources=[
-                str(NATIVE / f"{name}.cpp") for name in ("ffi", "ffi_matmul", "ffi_cache", "ffi_low_rank", "tiling", *sets)
+                str(NATIVE / f"{name}.cpp")
+                for name in ("ffi", "ffi_matmul", "ffi_cache", "ffi_low_rank", "tiling", *sets)
             ],
             depends=sorted(str(path) for kind in ("cpp", "h", "inl") for path in NATIVE.glob(f"*.{kind}")),
             # no contraction: a sum's bits must not depend on what the compiler fuses

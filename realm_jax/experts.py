@@ -83,10 +83,12 @@ class GroupedExperts:
 
     A tile's rows and its expert are data. A row's bits depend on its own expert and values: where in which
     tile it stands changes nothing.
+    tile: rows of a tile; None: as `tile_rows` says.
     """
 
     gate_up: Groupable
     down: Groupable
+    tile: int | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -98,7 +100,7 @@ class GroupedExperts:
     ) -> Float[Array, "*lead D"]:
         """As `Experts.mix`."""
         rows, used = x.reshape(-1, x.shape[-1]), chosen.shape[-1]
-        tile = tile_rows(chosen.size, self.shape[0])
+        tile = self.tile or tile_rows(chosen.size, self.shape[0])
         place, expert = places(chosen.reshape(-1), self.shape[0], tile)
         pairs = jnp.repeat(rows, used, axis=0)
         tiles = jnp.zeros((len(expert) * tile, rows.shape[1]), x.dtype).at[place].set(pairs)
@@ -123,7 +125,7 @@ def places(chosen: Int[Array, "n"], experts: int, tile: int) -> tuple[Int[Array,
     have expert -1.
     """
     n = chosen.shape[0]
-    total = n // tile + min(experts, n)
+    total = (n + min(experts, n) * (tile - 1)) // tile
     is_mine = (chosen[:, None] == jnp.arange(experts, dtype=chosen.dtype)[None]).astype(jnp.int32)
     before = jnp.cumsum(is_mine, axis=0) - is_mine  # pairs of the same expert before each pair
     tiles = (is_mine.sum(axis=0) + tile - 1) // tile
@@ -134,19 +136,29 @@ def places(chosen: Int[Array, "n"], experts: int, tile: int) -> tuple[Int[Array,
     return place, jnp.where(expert < experts, expert, -1)
 
 
-def _is_groupable(node: Kernel) -> bool:
+def _consists(node: Kernel, of: type | tuple[type, ...]) -> bool:
+    """Whether the parts of a projection are nodes of these types."""
     if isinstance(node, Biased):
-        return _is_groupable(node.kernel)
+        return _consists(node.kernel, of)
     parts = node.parts if isinstance(node, Stacked) else (node,)
-    return all(isinstance(part, Groupable) for part in parts)
+    return all(isinstance(part, of) for part in parts)
 
 
-def joined(gate_up: Sequence[Kernel], down: Sequence[Kernel], *, grouped: bool) -> Experts:
-    """The experts as one node: stacked where that is asked for and all of their projections can be."""
-    if not (grouped and all(map(_is_groupable, (*gate_up, *down)))):
+def joined(
+    gate_up: Sequence[Kernel],
+    down: Sequence[Kernel],
+    *,
+    stacked: type | tuple[type, ...],
+    tile: int | None = None,
+) -> Experts:
+    """The experts as one node: in stacked arrays where all of their projections are of the types `stacked`.
+
+    tile: as `GroupedExperts` has it.
+    """
+    if not all(_consists(node, stacked) for node in (*gate_up, *down)):
         return EachExpert(tuple(gate_up), tuple(down))
 
     def stack(each: Sequence[Kernel]) -> Groupable:
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *each)
 
-    return GroupedExperts(stack(gate_up), stack(down))
+    return GroupedExperts(stack(gate_up), stack(down), tile)

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from realm_jax.config import TILE
 from realm_jax.kernels.native import calls
@@ -24,6 +24,10 @@ class NativeDense(Dense):
             *x.shape[:-1], self.weight.shape[0]
         )  # pyright: ignore[reportAttributeAccessIssue]
 
+    def grouped(self, x: Float[Array, "T M I"], expert: Int[Array, "T"]) -> Float[Array, "T M O"]:
+        """As `experts.Groupable`, of weights [E, O, I]."""
+        return calls.grouped_matmul(x, self.weight, expert)  # pyright: ignore[reportReturnType]
+
 
 @struct.dataclass
 class NativeQuantized(Quantized):
@@ -31,6 +35,10 @@ class NativeQuantized(Quantized):
 
     def __rmatmul__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
         return calls.tiles_matmul(x, self.tiles, self.form, self.outputs)
+
+    def grouped(self, x: Float[Array, "T M I"], expert: Int[Array, "T"]) -> Float[Array, "T M O"]:
+        """As `experts.Groupable`, of tiles [E, L, bytes]."""
+        return calls.grouped_tiles_matmul(x, self.tiles, expert, self.form, self.outputs)
 
 
 @struct.dataclass

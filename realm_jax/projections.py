@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from realm_jax.config import Numerics, RopeConfig
-from realm_jax.experts import Experts, joined
+from realm_jax.experts import Experts, Groupable, joined
 from realm_jax.ggml import BLOCK_SIZES, GGMLType
 from realm_jax.kernels.native.tiling import tile_into
 from realm_jax.kernels.tiles import BLOCK_INPUTS, LANES
@@ -106,12 +106,14 @@ def _node(layout: Layout, parts: list[Stored], numerics: Numerics) -> Kernel:
 def experts(each: Mapping[str, Mapping[str, Kernel]], numerics: Numerics) -> Experts:
     """The experts of a layer as one node, of "gate_up" and "down" of each by number.
 
-    Stacked for the kernels of GPU and TPU, and for XLA there. On a CPU each stays by itself: its kernels know
-    one matrix, and XLA multiplies groups there by all experts.
+    Stacked for the kernels of GPU and TPU, for XLA there, and for the C++ kernels, which join tiles of one
+    expert themselves. XLA on a CPU multiplies groups by all experts: there each stays by itself.
     """
-    is_device = numerics.kernels == "pallas" or jax.default_backend() != "cpu"
     gate_up, down = (list(each[name].values()) for name in ("gate_up", "down"))
-    return joined(gate_up, down, grouped=is_device)
+    if numerics.kernels == "native":
+        return joined(gate_up, down, stacked=(NativeQuantized, NativeDense), tile=1)
+    is_device = numerics.kernels == "pallas" or jax.default_backend() != "cpu"
+    return joined(gate_up, down, stacked=Groupable if is_device else ())
 
 
 def scale(vector: np.ndarray, numerics: Numerics) -> Scale:

@@ -11,7 +11,7 @@ from native_cases import normal
 from test_pallas_matmul import DEVICES, abstract_words, by_platform, moderate_words
 from test_words import QUICK
 
-from realm_jax.experts import EachExpert, Experts, GroupedExperts, joined, places, tile_rows
+from realm_jax.experts import EachExpert, Experts, Groupable, GroupedExperts, joined, places, tile_rows
 from realm_jax.ggml import GGMLType
 from realm_jax.kernels.pallas.matmul import grouped_matmul
 from realm_jax.kernels.pallas.tuning import Target
@@ -60,8 +60,8 @@ def experts(make: Make) -> tuple[GroupedExperts, EachExpert]:
     rng = np.random.default_rng(0)
     gate_up = [make(rng, 2 * F, D) for _ in range(E)]
     down = [make(rng, D, F) for _ in range(E)]
-    stacked = joined(gate_up, down, grouped=True)
-    plain = joined(list(map(expanded, gate_up)), list(map(expanded, down)), grouped=False)
+    stacked = joined(gate_up, down, stacked=Groupable)
+    plain = joined(list(map(expanded, gate_up)), list(map(expanded, down)), stacked=())
     assert isinstance(stacked, GroupedExperts) and isinstance(plain, EachExpert)
     assert stacked.shape == plain.shape == (E, D, F)
     return stacked, plain
@@ -122,10 +122,10 @@ def test_the_gradient_is_that_of_each_expert(make: Make):
 
 
 def test_every_pair_has_a_place_of_its_own_in_a_tile_of_its_expert():
-    for n, count, seed in ((1, 8, 0), (40, 8, 1), (300, 3, 2), (64, 64, 3)):
-        chosen = np.random.default_rng(seed).integers(0, count, n).astype(np.int32)
+    for n, count, tile in ((1, 8, 16), (40, 8, 16), (300, 3, 128), (64, 64, 16), (40, 8, 1)):
+        assert tile in (1, tile_rows(n, count))
+        chosen = np.random.default_rng(n).integers(0, count, n).astype(np.int32)
         chosen[n // 2 :] = chosen[0]  # most go to one
-        tile = tile_rows(n, count)
         place, expert = map(np.asarray, jax.jit(places, static_argnums=(1, 2))(chosen, count, tile))
         assert len(set(place.tolist())) == n and (expert[place // tile] == chosen).all()
         used = (expert >= 0).sum()
@@ -136,8 +136,8 @@ def test_every_pair_has_a_place_of_its_own_in_a_tile_of_its_expert():
 def test_what_cannot_be_stacked_stays_apart():
     rng = np.random.default_rng(0)
     odd = Int8((jnp.zeros((2, 2), jnp.int8),), jnp.zeros((1, 2)))
-    assert isinstance(joined([dense(rng, 2, 2)], [odd], grouped=True), EachExpert)
-    assert isinstance(joined([Stacked((odd,))], [dense(rng, 2, 2)], grouped=True), EachExpert)
+    assert isinstance(joined([dense(rng, 2, 2)], [odd], stacked=Groupable), EachExpert)
+    assert isinstance(joined([Stacked((odd,))], [dense(rng, 2, 2)], stacked=Groupable), EachExpert)
 
 
 @by_platform

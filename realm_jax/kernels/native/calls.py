@@ -4,6 +4,7 @@ L tiles, I inputs, O outputs, D features; see `kernels.tiles` and `kernels.atten
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,18 +31,7 @@ def tiles_matmul(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _tiles_matmul(x: Array, tiles: Array, form: TileFormat, outputs: int) -> Array:
     call = jax.ffi.ffi_call("realm_matmul", jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32))
-    return call(
-        x,
-        tiles,
-        group=np.int64(form.group),
-        super_group=np.int64(form.super_group),
-        bits=np.int64(form.bits),
-        offset=np.int64(form.offset),
-        table=np.array(form.table, np.uint8),
-        is_float32=form.factor == "float32",
-        has_bytes=form.has_bytes,
-        has_minimum=form.has_minimum,
-    )  # pyright: ignore[reportReturnType]
+    return call(x, tiles, **_format(form))  # pyright: ignore[reportReturnType]
 
 
 def _tiles_forward(x: Array, tiles: Array, form: TileFormat, outputs: int) -> tuple[Array, Array]:
@@ -49,6 +39,79 @@ def _tiles_forward(x: Array, tiles: Array, form: TileFormat, outputs: int) -> tu
 
 
 _tiles_matmul.defvjp(_tiles_forward, tiles_backward)  # as if x had not been rounded
+
+
+def grouped_tiles_matmul(
+    x: Float[Array, "T M I"],
+    tiles: UInt8[Array, "E L bytes"],
+    expert: Int[Array, "T"],
+    form: TileFormat,
+    outputs: int,
+) -> Float[Array, "T M O"]:
+    """Each tile of rows times the matrix of its expert, as `tiles_matmul`; zero where that is -1.
+
+    Tiles that stand side by side and have one expert are multiplied together.
+    """
+    return _grouped_tiles_matmul(x, tiles, expert, form, outputs)  # pyright: ignore[reportReturnType]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped_tiles_matmul(x: Array, tiles: Array, expert: Array, form: TileFormat, outputs: int) -> Array:
+    result = jax.ShapeDtypeStruct((*x.shape[:2], outputs), jnp.float32)
+    call = jax.ffi.ffi_call("realm_grouped_matmul", result)
+    return call(x, tiles, expert, **_format(form))  # pyright: ignore[reportReturnType]
+
+
+def _grouped_tiles_forward(
+    x: Array, tiles: Array, expert: Array, form: TileFormat, outputs: int
+) -> tuple[Array, tuple[Array, Array]]:
+    return _grouped_tiles_matmul(x, tiles, expert, form, outputs), (tiles, expert)  # pyright: ignore[reportReturnType]
+
+
+def _grouped_tiles_backward(
+    form: TileFormat, outputs: int, kept: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, None, None]:
+    tiles, expert = kept
+
+    def transposed(mine: Array, rows: Array) -> Array:
+        return tiles_backward(form, outputs, mine, rows)[0]
+
+    return _by_expert(transposed, tiles, expert, cotangent, form.inputs), None, None
+
+
+_grouped_tiles_matmul.defvjp(_grouped_tiles_forward, _grouped_tiles_backward)
+
+
+def _by_expert(
+    transposed: Callable[[Array, Array], Array], weights: Array, expert: Array, cotangent: Array, inputs: int
+) -> Array:
+    """The transposed product of each tile's rows [T, M, I], expert by expert."""
+
+    def add(total: Array, each: tuple[Array, Array]) -> tuple[Array, None]:
+        number, mine = each
+        is_mine = (expert == number)[:, None, None]
+
+        def product() -> Array:
+            return total + transposed(mine, jnp.where(is_mine, cotangent, 0.0))
+
+        return jax.lax.cond(jnp.any(is_mine), product, lambda: total), None
+
+    zeros = jnp.zeros((*cotangent.shape[:2], inputs))
+    numbers = jnp.arange(weights.shape[0], dtype=expert.dtype)
+    return jax.lax.scan(add, zeros, (numbers, weights))[0]
+
+
+def _format(form: TileFormat) -> dict[str, Any]:
+    return {
+        "group": np.int64(form.group),
+        "super_group": np.int64(form.super_group),
+        "bits": np.int64(form.bits),
+        "offset": np.int64(form.offset),
+        "table": np.array(form.table, np.uint8),
+        "is_float32": form.factor == "float32",
+        "has_bytes": form.has_bytes,
+        "has_minimum": form.has_minimum,
+    }
 
 
 @jax.custom_vjp
@@ -67,6 +130,31 @@ def _matmul_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def grouped_matmul(
+    x: Float[Array, "T M I"], weight: Float[Array, "E O I"], expert: Int[Array, "T"]
+) -> Float[Array, "T M O"]:
+    """As `grouped_tiles_matmul`, of bf16 weights, x rounded to bf16."""
+    result = jax.ShapeDtypeStruct((*x.shape[:2], weight.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call("realm_grouped_matmul_bf16", result)(x, weight, expert)  # pyright: ignore[reportReturnType]
+
+
+def _grouped_forward(x: Array, weight: Array, expert: Array) -> tuple[Array, tuple[Array, Array]]:
+    return grouped_matmul(x, weight, expert), (weight, expert)  # pyright: ignore[reportReturnType]
+
+
+def _grouped_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, None, None]:
+    weight, expert = kept
+
+    def transposed(mine: Array, rows: Array) -> Array:
+        return jnp.matmul(rows, mine.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+    return _by_expert(transposed, weight, expert, cotangent, weight.shape[2]), None, None
+
+
+grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
