@@ -1,7 +1,9 @@
 """Experts that the C++ kernels multiply together are those same experts one by one."""
 
+import random
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from native_cases import normal, random_blocks, require_native
+from test_batching import bits
+from test_engine import mixed_requests, random_prompt
 from test_experts import D, E, F, choices, dense, mix
 from test_words import QUICK
 
+from realm_jax import LLM
 from realm_jax.experts import EachExpert, GroupedExperts, joined
 from realm_jax.ggml import GGMLType
 from realm_jax.kernels.tiles import dequantize_tiles
@@ -80,6 +85,19 @@ def test_gradients_pass_through_the_experts_of_the_kernels(make: Callable[..., A
         back = np.zeros((1, D)) if e < 0 else np.asarray(pull[t], np.float64) @ weights(each[e])
         np.testing.assert_array_equal(found[t], y)
         np.testing.assert_allclose(gradient[t], back, rtol=0, atol=2e-6 * max(np.abs(back).max(), 1))
+
+
+def test_a_model_of_experts_batched_is_alone(fixtures: Path):
+    rng = random.Random(0)
+    llm = LLM(
+        fixtures / "arch" / "qwen3moe" / "model.gguf", max_num_seqs=4, max_num_batched_tokens=64, ctx_size=256
+    )
+    assert isinstance(llm.model.params["layer_0"]["mlp"]["experts"], GroupedExperts)
+    _, params = mixed_requests(1, 5)
+    prompts = [random_prompt(rng, length) for length in (1, 9, 64, 65, 150)]
+    together = llm.generate(prompts, params)
+    alone = [llm.generate([p], q)[0] for p, q in zip(prompts, params, strict=True)]
+    assert [bits(each) for each in together] == [bits(each) for each in alone]
 
 
 @pytest.mark.parametrize("expert", [[0, 3], [0, -2]])
