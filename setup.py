@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 NATIVE = Path("realm_jax/kernels/native")
-SHARED = ("ffi", "ffi_cache", "ffi_low_rank", "tiling")
+SHARED = ("ffi", "ffi_matmul", "ffi_cache", "ffi_low_rank", "tiling")
 VECTORS = {  # by processor: its instruction sets, and what they take to be compiled
     "x86_64": (["avx512bf16", "avx512", "avx2"], []),
     "aarch64": (["neon"], ["-march=armv8.2-a+dotprod"]),
@@ -25,10 +25,7 @@ def native_kernels() -> list[Extension]:
     return [
         Extension(
             "realm_jax.kernels.native.library",
-            sources=[
-                str(NATIVE / f"{name}.cpp")
-                for name in ("ffi", "ffi_matmul", "ffi_cache", "ffi_low_rank", "tiling", *sets)
-            ],
+            sources=[str(NATIVE / f"{name}.cpp") for name in (*SHARED, *sets)],
             depends=sorted(str(path) for kind in ("cpp", "h", "inl") for path in NATIVE.glob(f"*.{kind}")),
             # no contraction: a sum's bits must not depend on what the compiler fuses
             extra_compile_args=[

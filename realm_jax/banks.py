@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from realm_jax.architectures import Parameter, parameters
+from realm_jax.architectures import Parameter, parameters, unread_tensors
 from realm_jax.config import MAX_LORA_RANK, ModelConfig, Numerics
 from realm_jax.errors import UnsupportedError
 from realm_jax.kernels.low_rank import LANES, LowRankForm
@@ -115,7 +115,7 @@ def bank_bytes(
 
 def check_adapter(adapter: Adapter, config: ModelConfig) -> None:
     """Raises UnsupportedError for an adapter that only folding can apply."""
-    known = {tensor for place in _places(config, LANES) for tensor in place.tensors}
+    known = {tensor for place in _places(config, LANES) for tensor in place.tensors} | unread_tensors(config)
     problems = [f"changes {name}" for name in adapter.deltas if name not in known]
     problems += [f"replaces {name}" for name in adapter.replaced]
     if adapter.magnitudes:

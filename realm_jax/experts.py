@@ -48,7 +48,7 @@ class Experts(Protocol):
 
 @struct.dataclass
 class EachExpert:
-    """Experts one after another, for kernels that know one matrix.
+    """Experts one after another: for XLA on a CPU, and matrices that the kernels there do not take.
 
     One that no row chose is skipped; one that some row chose runs over all rows, so that a row's bits do not
     depend on what the others chose.

@@ -62,7 +62,7 @@ class Transformer(nn.Module):
         c = self.config
         if not c.layer_input_size:
             return [None] * c.num_layers
-        params = self.get_variable("params", "layer_inputs")
+        params = self.get_variable("params", "token_inputs")
         return LayerInputs(c, parent=None).apply({"params": params}, x, tokens)
 
     @nn.nowrap

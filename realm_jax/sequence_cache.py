@@ -75,7 +75,7 @@ class SequenceCache(Stepwise):
         return mixed.reshape(B, T, N, H)
 
 
-def empty_caches(model: ModelConfig) -> tuple[LayerCache, ...]:
+def empty_sequence_caches(model: ModelConfig) -> tuple[LayerCache, ...]:
     """Caches that nothing was written to, one for each layer of a model with attention alone."""
     return tuple(
         SequenceCache.empty(model.of(kind).num_kv_heads) if kind.keys_of is None else NoCache()

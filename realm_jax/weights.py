@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from realm_jax import projections
-from realm_jax.architectures import Parameter, Part, parameters
+from realm_jax.architectures import Parameter, Part, parameters, unread_tensors
 from realm_jax.config import ModelConfig, Numerics
 from realm_jax.errors import ModelFileError
 from realm_jax.ggml import GGMLType
@@ -29,6 +29,9 @@ TensorFile = GGUFFile | FoldedFile
 Progress = Callable[[int], None]  # called with the bytes of the file that were just read
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+LOOKED_UP = ("embedding", "positions")
+"""Matrices of which rows are taken, and that have no bias."""
 
 ONE_DEVICE = OneDevice()
 
@@ -191,12 +194,12 @@ def check_tensors(file: TensorFile, config: ModelConfig) -> None:
     problems: list[str] = []
     last = config.num_layers
     unused = tuple(f"blk.{i}." for i in range(last, last + config.unused_layers))
-    known: set[str] = set(ROPE_TENSORS)
+    known = unread_tensors(config).union(ROPE_TENSORS)
     for parameter in parameters(config):
         for part in parameter.parts:
             weight, bias = part.tensor, part.name + ".bias"
             shapes = {weight: part.shape}
-            if parameter.kind in ("matrix", "layer"):
+            if parameter.kind in ("matrix", "layer") and parameter.path[-1] not in LOOKED_UP:
                 outputs = part.shape[:1] if part.expert is None else part.shape[:2]
                 shapes[bias] = outputs if parameter.kind == "matrix" else part.shape
             known.update(shapes)

@@ -51,10 +51,6 @@ for name, value in SETTINGS.items():
         value
     )  # of the processes that tests start: they share programs with this one
 
-ONE_PIECE = "--xla_cpu_parallel_codegen_split_count=1"
-"""XLA's LLVM compiles a program whole: the same code, for a sixth less work; pieces are for idle cores."""
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_PIECE}".strip()  # XLA has not read it yet
-
 FIXTURES = Path(os.environ.get("REALM_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
 
 

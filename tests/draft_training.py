@@ -22,7 +22,7 @@ from realm_jax.errors import RequestError
 from realm_jax.kernels import matmul
 from realm_jax.loading import LoadedModel
 from realm_jax.model import Transformer, hidden_states
-from realm_jax.sequence_cache import empty_caches
+from realm_jax.sequence_cache import empty_sequence_caches
 from realm_jax.weights import Params
 
 CHUNK = 512
@@ -114,7 +114,7 @@ class Step:
         B, T = tokens.shape
         narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim == 2 else x, layers)
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        caches = empty_caches(self.model.config)
+        caches = empty_sequence_caches(self.model.config)
         hidden, _ = hidden_states(self.model, {**params, **narrow}, tokens, positions, caches, None)
         return hidden.reshape(B * T, -1)
 

@@ -230,6 +230,9 @@ static bool attention(const Kernels& kernels, const Draw& draw) {
   a.q = q.data, a.k = k.data, a.v = v.data, a.positions = positions.data, a.out = out.data;
   a.slots = maybe() ? slots.data : nullptr;
   if (sizeof(Number) == 1) a.k_scale = k_scale.data, a.v_scale = v_scale.data;
+  Buffer<float> sinks(a.N);
+  sinks.fill(number);
+  a.sinks = maybe() ? sinks.data : nullptr;
   return same(out, [&](auto divide) {
     const int64_t items = a.B * a.K * ((a.T + a.tokens - 1) / a.tokens);
     divide(items, [&](int64_t first, int64_t last) { kernels.attend(a, first, last); });

@@ -22,6 +22,7 @@ from realm_jax.loading import load_model
 from realm_jax.lora.export import write_gguf
 from realm_jax.model import Transformer
 from realm_jax.parallel import Division
+from realm_jax.quantization.observed import observe
 from realm_jax.research import forward
 
 NAMES = ("gemma4", "gemma4-experts")
@@ -88,6 +89,28 @@ def test_planned_memory_is_what_weights_and_caches_take(llm: LLM) -> None:
     assert planned["weights"] == sum({id(x): x.nbytes for x in jax.tree.leaves(model.params)}.values())
 
 
+def test_tensors_that_nothing_reads_may_be_missing(fixtures: Path, tmp_path: Path) -> None:
+    """Keys and values of layers that read an earlier one's; those of others may not, nor what turns them."""
+    with gguf.open(write_variant(fixtures, "gemma4", tmp_path / "model.gguf")) as file:
+        unread = [f"blk.{i}.{name}.weight" for i in (2, 3) for name in ("attn_k", "attn_v", "attn_k_norm")]
+        for name in unread:
+            del file.tensors[name]
+        inspection.describe(file)
+        for name in ("blk.1.attn_k.weight", "rope_freqs.weight"):
+            kept = file.tensors.pop(name)
+            with pytest.raises(ModelFileError, match=f"{name} is missing"):
+                inspection.describe(file)
+            file.tensors[name] = kept
+
+
+def test_an_importance_matrix_sees_every_projection(llm: LLM, fixtures: Path) -> None:
+    tokens = (prompt(fixtures, llm.model.path.stem) * 2)[:64]
+    squares = observe(llm.transformer, llm.model.params, llm.model.numerics, [tokens])
+    layers = {name for name in squares if name.startswith("blk.")}
+    wanted = {f"blk.3.{name}.weight" for name in ("attn_q", "attn_output", "ffn_gate", "ffn_down")}
+    assert layers >= wanted and layers == set(squares)
+
+
 def test_layers_of_different_sizes_are_divided_over_no_mesh(llm: LLM) -> None:
     with pytest.raises(UnsupportedError, match="'tp=2', but gemma4 has layers of different sizes"):
         Division(llm.model.config, 2)
@@ -98,7 +121,8 @@ def test_layers_of_different_sizes_are_divided_over_no_mesh(llm: LLM) -> None:
     [
         ("attention.shared_kv_layers", 4, "before those is no layer with the window of layer 0"),
         ("attention.shared_kv_layers", 5, "shared_kv_layers is 5; it must be from 0 to 4"),
-        ("attention.shared_kv_layers", 1, "tensors do not fit the model: blk.2.attn_k.weight is missing"),
+        ("attention.sliding_window", None, "attention.sliding_window is missing"),
+        ("attention.sliding_window_pattern", None, "attention.sliding_window_pattern is missing"),
         ("attention.head_count_kv", np.array([1, 1, 1]), "a whole number for each of 4 layers"),
         ("attention.head_count_kv", np.array([1, 1, 0, 1]), "must have numbers from 1 to"),
         (
@@ -111,6 +135,7 @@ def test_layers_of_different_sizes_are_divided_over_no_mesh(llm: LLM) -> None:
         ("attention.key_length_swa", None, "attention.key_length_swa is missing"),
         ("attention.value_length_swa", 8, "value_length_swa differs from key_length_swa 16"),
         ("rope.dimension_count_swa", 32, "rope.dimension_count_swa is 32; it must be from 1 to 16"),
+        ("rope.dimension_count_swa", 15, "rope.dimension_count_swa is 15; it must be even"),
         ("embedding_length_per_layer_input", 9, r"per_layer_token_embd.weight is \[320, 32\], expected"),
     ],
 )
@@ -118,5 +143,7 @@ def test_wrong_facts_are_named(fixtures: Path, tmp_path: Path, key: str, value: 
     path = write_variant(fixtures, "gemma4", tmp_path / "model.gguf")
     with gguf.open(path) as file:
         file.metadata[f"gemma4.{key}"] = value
+        if value is None:
+            del file.metadata[f"gemma4.{key}"]
         with pytest.raises((ModelFileError, UnsupportedError), match=words):
             inspection.describe(file)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 from command_line import ROOT, Done, realm, start
-from conftest import ONE_PIECE
 
 FLAGS = (
     "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0 "
-    f"--xla_cpu_use_fusion_emitters=false {ONE_PIECE}"
+    "--xla_cpu_use_fusion_emitters=false"
 )
 SMALL = ("-c", 64, "--dtype", "float32", "--deterministic", "--raw", "-n", 8)
 

@@ -89,8 +89,8 @@ def _experts(tensors: Tensors, rng: np.random.Generator) -> None:
 
 
 def _gemma4(tensors: Tensors, rng: np.random.Generator) -> None:
-    """As the smallest published models: inputs of each layer, two wide layers without keys."""
-    _gemma4_layers(tensors, rng, kv_heads=(1, 1, 1, 1), features=(96, 96, 160, 160), own_keys=2)
+    """As the smallest published models: inputs of each layer, two wide layers that read earlier keys."""
+    _gemma4_layers(tensors, rng, kv_heads=(1, 1, 1, 1), features=(96, 96, 160, 160))
     shapes = {"per_layer_token_embd": (tensors["token_embd.weight"].shape[0], 4 * 8)}
     shapes |= {"per_layer_model_proj": (4 * 8, 64), "per_layer_proj_norm": (8,)}
     for i in range(4):
@@ -100,7 +100,7 @@ def _gemma4(tensors: Tensors, rng: np.random.Generator) -> None:
 
 def _gemma4_experts(tensors: Tensors, rng: np.random.Generator) -> None:
     """As the published one with experts: layers without a window have fewer keys, and no values."""
-    _gemma4_layers(tensors, rng, kv_heads=(2, 1, 2, 1), features=(96,) * 4, own_keys=4)
+    _gemma4_layers(tensors, rng, kv_heads=(2, 1, 2, 1), features=(96,) * 4)
     for i in range(4):
         at = f"blk.{i}."
         shapes = {"gate_inp": (4, 64), "gate_up_exps": (4, 2 * 48, 64), "down_exps": (4, 64, 48)}
@@ -114,21 +114,19 @@ def _gemma4_experts(tensors: Tensors, rng: np.random.Generator) -> None:
 
 
 def _gemma4_layers(
-    tensors: Tensors,
-    rng: np.random.Generator,
-    kv_heads: tuple[int, ...],
-    features: tuple[int, ...],
-    own_keys: int,
+    tensors: Tensors, rng: np.random.Generator, kv_heads: tuple[int, ...], features: tuple[int, ...]
 ) -> None:
-    """Layers with heads of 16 in windows of 8, and of 32 without, by turns."""
+    """Layers with heads of 16 in windows of 8, and of 32 without, by turns.
+
+    All have tensors for keys and values, as in published files, also those that read an earlier layer's.
+    """
     for name in [name for name in tensors if name.startswith("blk.")]:
         del tensors[name]
     tensors["rope_freqs.weight"] = np.array([1.0] * 4 + [1e30] * 12, np.float32)
     for i, (K, F) in enumerate(zip(kv_heads, features, strict=True)):
         H, at = 32 if i % 2 else 16, f"blk.{i}."
         shapes = {"attn_q": (4 * H, 64), "attn_output": (64, 4 * H), "attn_q_norm": (H,)}
-        if i < own_keys:
-            shapes |= {"attn_k": (K * H, 64), "attn_v": (K * H, 64), "attn_k_norm": (H,)}
+        shapes |= {"attn_k": (K * H, 64), "attn_v": (K * H, 64), "attn_k_norm": (H,)}
         shapes |= {"ffn_gate": (F, 64), "ffn_up": (F, 64), "ffn_down": (64, F), "layer_output_scale": (1,)}
         norms = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
         _put(

@@ -5,6 +5,6 @@ An entry of `ARCHITECTURES` states facts; `read_config` and `parameters` apply t
 
 from realm_jax.architectures.reading import read_config
 from realm_jax.architectures.table import ARCHITECTURES
-from realm_jax.architectures.tensors import Parameter, Part, parameters
+from realm_jax.architectures.tensors import Parameter, Part, parameters, unread_tensors
 
-__all__ = ["ARCHITECTURES", "Parameter", "Part", "parameters", "read_config"]
+__all__ = ["ARCHITECTURES", "Parameter", "Part", "parameters", "read_config", "unread_tensors"]

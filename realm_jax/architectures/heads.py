@@ -23,7 +23,7 @@ class Heads:
 
 
 def read_heads(arch: Architecture, meta: Metadata, hidden: int, layers: int) -> Heads:
-    """The heads of a file's model; where layers differ, the largest."""
+    """The heads of a file's model; where layers differ, the most, as large as without a window."""
     heads = meta.count("attention.head_count", MAX_HEADS)
     if arch.latent:
         return _latent(meta, heads)

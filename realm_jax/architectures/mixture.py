@@ -21,7 +21,7 @@ def read_moe(arch: Architecture, meta: Metadata, file: GGUFFile, layers: int) ->
         return None
     assert facts is not None
     used = meta.count("expert_used_count", experts)
-    dense_size = meta.count("feed_forward_length", MAX_SIZE, default=0)
+    dense_size = 0 if facts.is_beside else meta.count("feed_forward_length", MAX_SIZE, default=0)
     size = (
         meta.count("expert_feed_forward_length", MAX_SIZE, default=dense_size // used)
         if facts.own_size
@@ -64,7 +64,9 @@ def _deepseeks(moe: MoEConfig, meta: Metadata, file: GGUFFile) -> MoEConfig:
 
 def leading_dense(moe: MoEConfig | None, meta: Metadata, layers: int) -> int:
     """How many of the first layers have a plain feed-forward layer though others have experts."""
-    return 0 if moe is None else meta.count("leading_dense_block_count", layers, default=0)
+    if moe is None or moe.is_beside:
+        return 0
+    return meta.count("leading_dense_block_count", layers, default=0)
 
 
 def _count(arch: Architecture, meta: Metadata, layers: int) -> int:
@@ -99,6 +101,8 @@ def _groups(meta: Metadata, experts: int) -> tuple[int, int] | None:
 
 def _shared_size(facts: MoEFacts, meta: Metadata, size: int, dense_size: int) -> int:
     """Features of the shared expert, said outright or as a number of experts' sizes; 0 = there is none."""
+    if facts.is_beside:
+        return 0
     if facts.is_deepseeks:
         return size * meta.count("expert_shared_count", 1 << 10, default=0)
     default = dense_size if facts.gated_shared else 0

@@ -48,11 +48,7 @@ def read_ropes(
     if arch.rope_on == "none":
         yield "global", RopeConfig(0, 1.0, arch.interleaved_rope)
         return
-    dims = meta.count("rope.dimension_count", rope_dim, default=rope_dim)
-    if dims % 2:
-        raise ModelFileError(
-            f"{meta.source}: {meta.architecture}.rope.dimension_count is {dims}; it must be even"
-        )
+    dims = _even(meta, "rope.dimension_count", rope_dim, default=rope_dim)
     base = meta.real("rope.freq_base", default=10000.0, above=1.0)
     scaling, factor = meta.rope_scaling()
     original = meta.count(
@@ -78,10 +74,17 @@ def read_ropes(
         )
         of_local = (kind.sizes.head_dim for kind in kinds if kind.rope == "local" and kind.sizes is not None)
         most = min(of_local, default=rope_dim)
-        local_dims = meta.count("rope.dimension_count_swa", most, default=min(dims, most))
+        local_dims = _even(meta, "rope.dimension_count_swa", most, default=min(dims, most))
         yield "local", RopeConfig(local_dims, local_base, arch.interleaved_rope)
     if "none" in named:
         yield "none", RopeConfig(0, 1.0, arch.interleaved_rope)
+
+
+def _even(meta: Metadata, key: str, most: int, *, default: int) -> int:
+    dims = meta.count(key, most, default=default)
+    if dims % 2:
+        raise ModelFileError(f"{meta.source}: {meta.architecture}.{key} is {dims}; it must be even")
+    return dims
 
 
 def yarn_score_factor(arch: Architecture, meta: Metadata) -> float:

@@ -30,7 +30,7 @@ class Part:
     shape: tuple[int, ...]
     expert: int | None = None
     suffix: str = "weight"
-    rows: "HeadRows | None" = None
+    rows: HeadRows | None = None
 
     @property
     def tensor(self) -> str:
@@ -63,7 +63,7 @@ def parameters(config: ModelConfig) -> list[Parameter]:
     found = [Parameter(("embedding",), (Part("token_embd", (V, D)),))]
     if config.learned_positions:
         found.append(Parameter(("positions",), (Part("position_embd", (config.context_length, D)),)))
-    found += _layer_inputs(config) if config.layer_input_size else ()
+    found += _token_inputs(config) if config.layer_input_size else ()
     for index, kind in enumerate(config.layers):
         found += _Layer(config, index).parameters(kind)
     found.append(_norm(config, ("norm", "scale"), Part("output_norm", (D,))))
@@ -71,9 +71,15 @@ def parameters(config: ModelConfig) -> list[Parameter]:
     return found
 
 
-def _layer_inputs(config: ModelConfig) -> Iterator[Parameter]:
+def unread_tensors(config: ModelConfig) -> set[str]:
+    """What a file may have though nothing reads it: keys and values of layers that read an earlier one's."""
+    layers = [i for i, kind in enumerate(config.layers) if kind.keys_of is not None]
+    return {f"blk.{i}.{name}.weight" for i in layers for name in ("attn_k", "attn_v", "attn_k_norm")}
+
+
+def _token_inputs(config: ModelConfig) -> Iterator[Parameter]:
     """What tells every layer of the tokens, beside the residual."""
-    P, at = config.layer_input_size, "layer_inputs"
+    P, at = config.layer_input_size, "token_inputs"
     features = config.num_layers * P
     yield Parameter((at, "embedding"), (Part("per_layer_token_embd", (config.vocab_size, features)),))
     project = Part("per_layer_model_proj", (features, config.hidden_size))
@@ -161,7 +167,7 @@ class _Layer:
     def _shared_attention(self) -> Iterator[Parameter]:
         c, part = self.config, self._part
         D, q = c.hidden_size, c.num_heads * c.head_dim
-        yield self._matrix("attention/q", part("attn_q", q, D))
+        yield self._matrix("attention/q_proj", part("attn_q", q, D))
         yield self._scale("attention/q_norm", "attn_q_norm", c.head_dim)
         yield self._matrix("attention/out", part("attn_output", D, q))
 
@@ -186,9 +192,9 @@ class _Layer:
         if latent.query_rank:
             yield self._matrix("attention/q_down", part("attn_q_a", latent.query_rank, D))
             yield self._scale("attention/q_norm", "attn_q_a_norm", latent.query_rank)
-            yield self._matrix("attention/q", part("attn_q_b", queries, latent.query_rank))
+            yield self._matrix("attention/q_proj", part("attn_q_b", queries, latent.query_rank))
         else:
-            yield self._matrix("attention/q", part("attn_q", queries, D))
+            yield self._matrix("attention/q_proj", part("attn_q", queries, D))
         yield self._matrix("attention/kv_down", part("attn_kv_a_mqa", rank + latent.rope_dim, D))
         yield self._scale("attention/kv_norm", "attn_kv_a_norm", rank)
         for path, up in zip(("attention/k_up", "attention/v_up"), self._ups(latent), strict=True):

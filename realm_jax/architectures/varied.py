@@ -13,7 +13,11 @@ from realm_jax.metadata import Metadata
 def varied_kinds(
     meta: Metadata, file: GGUFFile, num_heads: int, kinds: tuple[LayerKind, ...]
 ) -> tuple[LayerKind, ...]:
-    """The kinds with the sizes of each, and with what its keys and values are."""
+    """The kinds with the sizes of each, and with what its keys and values are.
+
+    Raises ModelFileError where windows, or the turns of layers without one, would have to be guessed.
+    """
+    _require(meta, file, kinds)
     kv_heads = meta.counts("attention.head_count_kv", len(kinds), MAX_HEADS)
     ffn_sizes = meta.counts("feed_forward_length", len(kinds), MAX_SIZE)
     sources = _sources(meta, kinds)
@@ -33,6 +37,16 @@ def varied_kinds(
     return tuple(found)
 
 
+def _require(meta: Metadata, file: GGUFFile, kinds: tuple[LayerKind, ...]) -> None:
+    meta.count("attention.sliding_window", 1 << 28)
+    if not meta.has("attention.sliding_window_pattern"):
+        raise ModelFileError(
+            f"{meta.source}: required key {meta.architecture}.attention.sliding_window_pattern is missing"
+        )
+    if any(kind.window is None for kind in kinds) and "rope_freqs.weight" not in file.tensors:
+        raise ModelFileError(f"{meta.source}: rope_freqs.weight is missing, by which layers turn")
+
+
 def _head_dim(meta: Metadata, kind: LayerKind) -> int:
     """Of windowed layers and of the others."""
     suffix = "" if kind.window is None else "_swa"
@@ -49,14 +63,14 @@ def _sources(meta: Metadata, kinds: tuple[LayerKind, ...]) -> list[int | None]:
     shared = meta.count("attention.shared_kv_layers", len(kinds), default=0)
     own = len(kinds) - shared
     found: list[int | None] = [None] * own
+    last = {kind.window: i for i, kind in enumerate(kinds[:own])}
     for i, kind in enumerate(kinds[own:], own):
-        alike = [j for j in range(own) if kinds[j].window == kind.window]
-        if not alike:
+        if kind.window not in last:
             raise ModelFileError(
                 f"{meta.source}: {meta.architecture}.attention.shared_kv_layers is {shared}: before those is "
                 f"no layer with the window of layer {i}, whose keys it could read"
             )
-        found.append(alike[-1])
+        found.append(last[kind.window])
     return found
 
 

@@ -77,7 +77,7 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What distinguishes one layer's arithmetic from another's; never its index.
+    """What distinguishes one layer's arithmetic from another's; never its own index.
 
     window: a key is visible if query position - key position < window.
     dense: a plain feed-forward layer, whatever the others have.
@@ -156,7 +156,8 @@ class Temperature:
 class ModelConfig:
     """Facts of a model, read from its GGUF metadata. Hashable: the static argument of every program.
 
-    num_kv_heads, head_dim: as the cache keeps them; where layers differ, these and ffn_size are the largest.
+    num_kv_heads, head_dim: as the cache keeps them. Where layers differ, `of` has their own; here are the
+      most heads and features, and the head_dim of layers without a window.
     parallel: attention and feed-forward read the same residual; shared_norm: and the same norm of it.
     unit_values: values are brought to root mean square 1.
     layer_input_size: features of the embedding that each layer has of its own; 0 = none.

@@ -22,7 +22,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         c, kind = self.config, self.kind
         heads, how = self._projected(x), scoring(c, kind)
-        if c.qk_norm is not QKNorm.NONE:
+        if c.qk_norm is not QKNorm.NONE or c.unit_values:
             q, k, v = jnp.split(heads, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
             v = rms_norm(v, jnp.ones(c.head_dim), c.norm_eps) if c.unit_values else v
             heads = jnp.concatenate([self._normed(q, "q_norm"), self._normed(k, "k_norm"), v], axis=2)
@@ -47,6 +47,8 @@ class Attention(nn.Module):
 
     def _normed(self, heads: Float[Array, "B T N H"], name: str) -> Float[Array, "B T N H"]:
         c = self.config
+        if c.qk_norm is QKNorm.NONE:
+            return heads
         rows = heads.reshape(*heads.shape[:2], -1) if c.qk_norm is QKNorm.PROJECTION else heads
         axes = 2 if c.qk_norm is QKNorm.EACH_HEAD else 1
         return Norm(c.norm_eps, axes, name=name)(rows).reshape(heads.shape)

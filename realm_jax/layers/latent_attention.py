@@ -46,5 +46,5 @@ class LatentAttention(nn.Module):
         assert latent is not None
         if latent.query_rank:
             x = Norm(c.norm_eps, name="q_norm")(Linear(latent.query_rank, name="q_down")(x))
-        heads = Linear(c.num_heads * (latent.plain_dim + latent.rope_dim), name="q")(x)
+        heads = Linear(c.num_heads * (latent.plain_dim + latent.rope_dim), name="q_proj")(x)
         return heads.reshape(*x.shape[:2], c.num_heads, -1)

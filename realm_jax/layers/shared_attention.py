@@ -19,7 +19,7 @@ class SharedAttention(nn.Module):
         self, x: Float[Array, "B T D"], cache: Cache, where: Where
     ) -> tuple[Float[Array, "B T D"], Cache]:
         c, kind = self.config, self.kind
-        q = Linear(c.num_heads * c.head_dim, name="q")(x).reshape(*x.shape[:2], c.num_heads, c.head_dim)
+        q = Linear(c.num_heads * c.head_dim, name="q_proj")(x).reshape(*x.shape[:2], c.num_heads, c.head_dim)
         q = where.rotations[kind.rope](Norm(c.norm_eps, name="q_norm")(q))
         out = cache.attend(q, where.slots, where.positions, **scoring(c, kind))
         return Linear(x.shape[-1], name="out")(out.reshape(*x.shape[:2], -1)), cache

@@ -2,7 +2,7 @@
 
 A module's rows may be rows of a larger tensor, or be spread over several: models with fused projections
 (phi3) have attn_qkv and gate + up in ffn_up, others the parts. Rows of q and k are ordered differently where
-rope turns neighbouring pairs; norms of Gemma stand in the file with 1 added.
+rope turns neighbouring pairs; norms of Gemma 1 to 3 stand in the file with 1 added.
 """
 
 import re

@@ -21,7 +21,7 @@ from realm_jax.parallel import ShardedTransformer
 from realm_jax.prompts import Prompt, as_batch
 from realm_jax.research.observed import observed
 from realm_jax.research.probe import Probe, as_tree, asked
-from realm_jax.sequence_cache import empty_caches
+from realm_jax.sequence_cache import empty_sequence_caches
 from realm_jax.weights import Params
 
 
@@ -82,7 +82,7 @@ def forward(
         raise RequestError(f"tokens is {tokens.dtype} {list(tokens.shape)}; give whole numbers, [B, T]")
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    caches = empty_caches(model.config)
+    caches = empty_sequence_caches(model.config)
     hidden, _ = hidden_states(observed(model, probe), params, tokens, positions, caches, None)
     logits = next_token_logits(model, params, hidden)
     probe.check()

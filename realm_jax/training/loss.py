@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from realm_jax.model import Transformer, hidden_states, next_token_logits
-from realm_jax.sequence_cache import empty_caches
+from realm_jax.sequence_cache import empty_sequence_caches
 from realm_jax.weights import Params
 
 LOGITS = 1 << 25
@@ -26,7 +26,7 @@ def summed_loss(
     """
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    hidden, _ = hidden_states(model, params, tokens, positions, empty_caches(model.config), None)
+    hidden, _ = hidden_states(model, params, tokens, positions, empty_sequence_caches(model.config), None)
     hidden, targets = hidden[:, :-1].reshape(B * (T - 1), -1), tokens[:, 1:].reshape(-1)
     return _summed(model, params, hidden, targets, is_target[:, 1:].reshape(-1))
 

@@ -240,7 +240,7 @@ inline void close_item(const Attention& a, const Workspace& w, int64_t b, int64_
   const int64_t group = a.N / a.K;
   for (int64_t m = 0; m < queries; m++) {
     float* out = a.out + ((b * a.T + t0 + m / group) * a.N + k * group + m % group) * a.H;
-    const float total = w.total[m] > 0 ? w.total[m] : 1;  // an idle query's is 0
+    const float total = w.total[m] > 0 ? w.total[m] : 1;  // an idle query's may be 0
     for (int64_t h = 0; h < a.H; h++) out[h] = w.out[m * w.width + h] / total;
   }
 }

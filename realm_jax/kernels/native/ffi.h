@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <string>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -35,6 +36,9 @@ inline int64_t stream_of(const ffi::ThreadPool& pool, int64_t count, int64_t eac
 }
 
 inline ffi::Error invalid(const char* what) { return ffi::Error::InvalidArgument(what); }
+inline ffi::Error failed(const char* operation, const char* what) {
+  return ffi::Error::InvalidArgument(std::string(operation) + ": " + what);
+}
 
 template <class Buffer>
 bool has_shape(const Buffer& buffer, std::initializer_list<int64_t> shape) {

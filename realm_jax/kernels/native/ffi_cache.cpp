@@ -66,10 +66,6 @@ struct Scoring {
   bool fits(int64_t N) const { return is_empty(sinks) || has_shape(sinks, {N}); }
 };
 
-ffi::Error failed(const char* operation, const char* what) {
-  return ffi::Error::InvalidArgument(std::string(operation) + ": " + what);
-}
-
 // Queries [B, T, N, H], `stride` numbers from one token to the next.
 void attend_to(ffi::ThreadPool& pool, const float* q, int64_t B, int64_t T, int64_t N, int64_t stride, const Cache& cache,
                const CacheShape& kept, const Places& places, const Scoring& how, float* out) {

@@ -78,10 +78,6 @@ struct Format {
   }
 };
 
-ffi::Error failed(const char* operation, const char* what) {
-  return ffi::Error::InvalidArgument(std::string(operation) + ": " + what);
-}
-
 // Rows [M, I] in all; each matrix has `count` tiles.
 void multiply_runs(ffi::ThreadPool& pool, const Weights& weights, int64_t offset, const float* x, int64_t M, const std::vector<Run>& runs,
                    int64_t count, float* y) {
