@@ -1,6 +1,4 @@
-"""A server outlasts clients that misbehave: `scripts/soak_server` in short, with a tiny model."""
-
-from pathlib import Path
+"""A server of the default model outlasts clients that misbehave: `scripts/soak_server` in short."""
 
 import pytest
 from soak_server import soak
@@ -9,8 +7,8 @@ pytestmark = pytest.mark.unoptimized
 
 
 @pytest.mark.slow
-def test_64_clients_good_and_bad_leak_nothing(tiny_model: Path):
-    report = soak(64, 8.0, "--model", tiny_model)
+def test_64_clients_good_and_bad_leak_nothing():
+    report = soak(64, 20.0)
     assert report["wrong"] == []
     assert report["left_running"] == 0
     assert report["exit_code"] == 0
